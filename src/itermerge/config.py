@@ -1,0 +1,366 @@
+"""The schema of every config key: type, unit, range, and the checks between keys.
+
+Values stand in `conf/`, one place for each; here is what they may be. Groups whose members differ (`task=lab`,
+`task=gym`) carry a `kind`, which picks the dataclass. `check` turns a composed config into a `Root`, or raises
+`ConfigError` naming the key as typed. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the key."""
+
+
+def knob(*, ge: float | None = None, gt: float | None = None, le: float | None = None, among: tuple = ()) -> Any:
+    """A required field with a range or a set of values."""
+    return field(default=MISSING, metadata={"ge": ge, "gt": gt, "le": le, "among": among})
+
+
+@dataclass
+class ModelLab:
+    """The lab's base model of one pretraining seed; seed 0 is in the package."""
+
+    kind: str = "lab"
+    seed: int = knob(ge=0)
+
+
+@dataclass
+class ModelHF:
+    """A Hugging Face causal LM: a local folder or a hub repository."""
+
+    kind: str = "hf"
+    path: str = MISSING
+    revision: str | None = None
+    trust_remote_code: bool = MISSING
+
+
+@dataclass
+class TaskLab:
+    kind: str = "lab"
+    family: str = MISSING
+
+
+@dataclass
+class TaskGym:
+    """A reasoning-gym data set with few-shot prompts; `train_shots` examples stand before a question in training."""
+
+    kind: str = "gym"
+    dataset: str = MISSING
+    label: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    shots: int = knob(ge=0, le=64)
+    train_shots: int = field(default=0, metadata={"ge": 0, "le": 64})
+
+
+@dataclass
+class _Practice:
+    """What makes a task the one to practise on."""
+
+    n_train: int = knob(ge=1)  # problems a round
+    n_validation: int = knob(ge=1)  # problems that choose a round or a learning rate
+    problems: str = knob(among=("fixed", "fresh"))  # the same each round, or drawn anew
+    max_solutions: int | None = field(default=MISSING, metadata={"ge": 1})  # kept a problem
+
+
+@dataclass
+class PracticeLab(_Practice, TaskLab):
+    pass
+
+
+@dataclass
+class PracticeGym(_Practice, TaskGym):
+    pass
+
+
+@dataclass
+class Suite:
+    """Evaluation: `n` test items of the ID task and of each OOD task; `pass_k_n` validation problems for pass@k."""
+
+    n: int = knob(ge=1)
+    seed: int = knob(ge=0)
+    pass_k_n: int = knob(ge=0)
+    pre_merge: bool = MISSING  # evaluate before the last merge event as well
+    near: list[Any] = MISSING
+    far: list[Any] = MISSING
+
+
+@dataclass
+class Sampler:
+    kind: str = "hf"
+    n: int = knob(ge=1)  # samples a problem
+    temperature: float = knob(gt=0)
+    top_p: float = knob(gt=0, le=1)
+    max_new_tokens: int = knob(ge=1)
+    batch_size: int = knob(ge=1)  # rows
+    dtype: str = knob(among=("float32", "bfloat16"))  # of the copy that samples and evaluates
+
+
+@dataclass
+class Sft:
+    epochs: int = knob(ge=1)
+    lr: float = knob(gt=0)
+    batch_size: int = knob(ge=1)
+    schedule: str = knob(among=("constant", "linear", "cosine"))
+    warmup_ratio: float = knob(ge=0, le=1)
+    weight_decay: float = knob(ge=0)
+    beta1: float = knob(ge=0, le=1)
+    beta2: float = knob(ge=0, le=1)
+    max_length: int = knob(ge=2)  # tokens of a prompt and its completion
+    start: str = knob(among=("merged", "base", "tuned"))
+    data: str = knob(among=("replace", "accumulate"))
+
+
+@dataclass
+class MergeNone:
+    kind: str = "none"
+
+
+@dataclass
+class MergeLinear:
+    """`ratio` is the tuned model's share; the anchor is fixed for the round."""
+
+    kind: str = "linear"
+    ratio: float = knob(ge=0, le=1)
+    anchor: str = knob(among=("base", "previous", "mean"))
+    every_n_epochs: Any = MISSING  # a whole number from 1, or "last"
+    reset_optimizer: bool = MISSING
+
+
+@dataclass
+class Trainer:
+    """Lightning's Trainer. gradient_clip_val is a norm, 0 for none."""
+
+    accelerator: str = knob(among=("auto", "cpu", "gpu"))
+    precision: str = knob(among=("32-true", "bf16-mixed", "16-mixed"))
+    accumulate_grad_batches: int = knob(ge=1)
+    gradient_clip_val: float = knob(ge=0)
+    deterministic: bool = MISSING
+
+
+@dataclass
+class LoggerJsonl:
+    kind: str = "jsonl"
+
+
+@dataclass
+class LoggerWandb:
+    kind: str = "wandb"
+    project: str = MISSING
+    entity: str | None = None
+    mode: str = knob(among=("offline", "online", "disabled"))
+    group: str | None = None
+    dir: str | None = None  # default: the run folder
+
+
+@dataclass
+class StoreLocal:
+    kind: str = "local"
+    dir: str = MISSING
+
+
+@dataclass
+class StoreNone:
+    kind: str = "none"
+
+
+@dataclass
+class ProgramImm:
+    """The loop of sampling, fitting, merging and evaluating."""
+
+    kind: str = "imm"
+
+
+@dataclass
+class ProgramPretrainLab:
+    """Makes the lab's base model of `model.seed` from nothing. Shape, corpus size and family weights."""
+
+    kind: str = "pretrain_lab"
+    out: str = MISSING
+    examples: int = knob(ge=1)
+    lr: float = knob(gt=0)
+    batch_size: int = knob(ge=1)
+    width: int = knob(ge=8)
+    layers: int = knob(ge=1)
+    heads: int = knob(ge=1)
+    kv_heads: int = knob(ge=1)
+    ffn: int = knob(ge=8)
+    families: dict[str, float] = MISSING
+
+
+@dataclass
+class Loop:
+    on_empty: str = knob(among=("stop", "skip"))  # a round in which nothing verifies
+
+
+@dataclass
+class Paths:
+    home: str = MISSING
+    models: str = MISSING
+
+
+@dataclass
+class Root:
+    """The whole config, as a run reads it."""
+
+    seed: int = knob(ge=0)
+    threads: int = knob(ge=1)  # CPU threads; part of every key, since sums depend on it
+    rounds: int = knob(ge=1)
+    optimized_metric: str = MISSING
+    program: Any = None
+    model: Any = None
+    task: Any = None
+    suite: Suite = field(default_factory=Suite)
+    sampler: Any = None
+    sft: Sft = field(default_factory=Sft)
+    merge: Any = None
+    trainer: Trainer = field(default_factory=Trainer)
+    loop: Loop = field(default_factory=Loop)
+    logger: Any = None
+    store: Any = None
+    paths: Paths = field(default_factory=Paths)
+
+
+KINDS: Mapping[str, Mapping[str, type]] = {
+    "program": {"imm": ProgramImm, "pretrain_lab": ProgramPretrainLab},
+    "model": {"lab": ModelLab, "hf": ModelHF},
+    "task": {"lab": PracticeLab, "gym": PracticeGym},
+    "sampler": {"hf": Sampler},
+    "merge": {"none": MergeNone, "linear": MergeLinear},
+    "logger": {"jsonl": LoggerJsonl, "wandb": LoggerWandb},
+    "store": {"local": StoreLocal, "none": StoreNone},
+}
+EXAMS: Mapping[str, type] = {"lab": TaskLab, "gym": TaskGym}
+
+
+def conf_dir() -> Path:
+    """The folder of config groups: beside this file in a wheel, at the top of a checkout."""
+    here = Path(__file__).resolve().parent
+    return next(d for d in (here / "conf", here.parent.parent / "conf") if (d / "config.yaml").is_file())
+
+
+def check(composed: DictConfig) -> Root:
+    """`composed` as a Root, every key known, of its type, in its range. Raises ConfigError."""
+    try:
+        raw = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {_first_line(error)}") from error
+    assert isinstance(raw, dict)
+    raw = {k: v for k, v in raw.items() if k != "hydra"}
+    schema = OmegaConf.structured(Root)
+    OmegaConf.set_struct(schema, True)
+    for group, kinds in KINDS.items():
+        schema[group] = OmegaConf.structured(_kind(kinds, raw.get(group), group))
+    suite = raw.get("suite")
+    exams: dict[str, list[Any]] = {}
+    if isinstance(suite, dict):
+        for side in ("near", "far"):
+            listed = suite.pop(side, None)
+            if not isinstance(listed, list):
+                raise ConfigError(f"suite.{side}: expected a list of tasks, got {listed!r}")
+            exams[side] = [
+                _merge(OmegaConf.structured(_kind(EXAMS, item, f"suite.{side}[{i}]")), item, f"suite.{side}[{i}]")
+                for i, item in enumerate(listed)
+            ]
+        raw["suite"] = suite | {"near": [], "far": []}
+    root: Root = _merge(schema, raw, "")
+    root.suite.near, root.suite.far = exams["near"], exams["far"]
+    _cross_checks(root)
+    return root
+
+
+def to_dict(root: Root) -> dict[str, Any]:
+    """The resolved config as plain containers."""
+    return dataclasses.asdict(root)
+
+
+def _kind(kinds: Mapping[str, type], node: Any, key: str) -> type:
+    if not isinstance(node, dict):
+        raise ConfigError(f"{key}: expected a group of keys with a kind, got {node!r}")
+    if node.get("kind") not in kinds:
+        raise ConfigError(f"{key}.kind: {node.get('kind')!r} is none of {', '.join(kinds)}")
+    return kinds[node["kind"]]
+
+
+def _merge(schema: Any, raw: dict[str, Any], at: str) -> Any:
+    prefix = f"{at}." if at else ""
+    try:
+        merged = OmegaConf.merge(schema, copy.deepcopy(raw))
+        made = OmegaConf.to_object(merged)
+    except ConfigKeyError as error:
+        raise ConfigError(
+            f"{prefix}{error.full_key}: there is no such key{_nearest(schema, str(error.full_key))}"
+        ) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{prefix}{error.full_key}: a value is needed") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{prefix}{error.full_key}: {_first_line(error)}") from error
+    _check_ranges(made, at)
+    return made
+
+
+def _nearest(schema: Any, key: str) -> str:
+    from difflib import get_close_matches
+
+    *path, last = key.split(".")
+    node = OmegaConf.select(schema, ".".join(path)) if path else schema
+    names = [str(k) for k in node] if isinstance(node, DictConfig) else []
+    close = get_close_matches(last, names, 1)
+    return f"; did you mean {'.'.join([*path, close[0]])}?" if close else f"; there are {', '.join(names)}"
+
+
+def _check_ranges(node: Any, at: str) -> None:
+    for f in dataclasses.fields(node):
+        value, key, limits = getattr(node, f.name), f"{at}.{f.name}" if at else f.name, f.metadata
+        if dataclasses.is_dataclass(value):
+            _check_ranges(value, key)
+        if value is None or not limits:
+            continue
+        if limits.get("among") and value not in limits["among"]:
+            raise ConfigError(f"{key}: {value!r} is none of {', '.join(limits['among'])}")
+        for name, text, ok in (
+            ("ge", "at least", lambda v, x: v >= x),
+            ("gt", "above", lambda v, x: v > x),
+            ("le", "at most", lambda v, x: v <= x),
+        ):
+            if limits.get(name) is not None and not ok(value, limits[name]):  # NaN fails every comparison
+                raise ConfigError(f"{key}: must be {text} {limits[name]}, got {value}")
+
+
+def _cross_checks(root: Root) -> None:
+    if isinstance(root.merge, MergeLinear):
+        every = root.merge.every_n_epochs
+        if every != "last" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+            raise ConfigError(f"merge.every_n_epochs: must be a whole number from 1, or last; got {every!r}")
+    if not root.suite.near and not root.suite.far:
+        raise ConfigError("suite.near, suite.far: at least one OOD task is needed")
+    labels = [label(t) for t in (root.task, *root.suite.near, *root.suite.far)]
+    if twice := sorted({name for name in labels if labels.count(name) > 1}):
+        raise ConfigError(f"task, suite.near, suite.far: {', '.join(twice)} stands there more than once")
+    if root.trainer.precision == "16-mixed" and root.trainer.accelerator == "cpu":
+        raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
+    known = METRICS | {f"ood/{name}/acc" for name in labels[1:]} | {f"id/{labels[0]}/acc"}
+    if root.optimized_metric not in known:
+        raise ConfigError(f"optimized_metric: {root.optimized_metric!r} is none of {', '.join(sorted(known))}")
+
+
+METRICS = {"val/id/acc", "id/acc", "ood/acc", "ood/near/acc", "ood/far/acc"}
+
+
+def label(task: Any) -> str:
+    """The task's name in metrics."""
+    return task.family if isinstance(task, TaskLab) else (task.label or task.dataset)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]

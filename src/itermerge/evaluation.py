@@ -1,0 +1,126 @@
+"""Accuracy of a policy on tasks, with intervals; pass@k; in-domain and out-of-domain means.
+
+Scoring knows tasks only by their labels. Which of them is in-domain (ID), near or far is told to `metrics` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .policy import Completion, Policy, complete
+from .tasks import REASONS, Problem, Task, derive_seed
+
+Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Problems of one task under a label, as `chain` or `val/chain`."""
+
+    label: str
+    task: Task
+    problems: Sequence[Problem]
+
+
+def greedy_scores(policy: Policy, exams: Sequence[Exam], *, on_progress: Callable[[int], None], **how: Any) -> dict:
+    """{label: {n, correct: [0 or 1 an item], reasons: {reason: count}, majority}} with greedy decoding."""
+    by_stop: dict[tuple[str, ...], list[tuple[Exam, Problem]]] = {}
+    for exam in exams:
+        by_stop.setdefault(exam.task.stop, []).extend((exam, p) for p in exam.problems)
+    verdicts: dict[str, list[str]] = {exam.label: [] for exam in exams}
+    for stop, items in by_stop.items():
+        prompts = [problem.prompt for _, problem in items]
+        done = complete(policy, prompts, keys=None, stop=stop, on_progress=on_progress, **how)
+        for (exam, problem), c in zip(items, done, strict=True):
+            verdicts[exam.label].append(exam.task.verify(problem, c.text, c.finished).reason)
+    return {
+        exam.label: {
+            "n": len(exam.problems),
+            "correct": [int(r == "correct") for r in verdicts[exam.label]],
+            "reasons": count_reasons(verdicts[exam.label]),
+            "majority": majority([p.answer for p in exam.problems]),
+        }
+        for exam in exams
+    }
+
+
+def sample_keys(problems: Sequence[Problem], n: int, *seed: object) -> list[int]:
+    """One key for each of `n` samples a problem, samples of a problem side by side."""
+    return [derive_seed(*seed, p.id, i) for p in problems for i in range(n)]
+
+
+def sample(
+    policy: Policy, task: Task, problems: Sequence[Problem], n: int, *seed: object, **how: Any
+) -> list[list[Completion]]:
+    """`n` sampled completions for each problem."""
+    prompts = [p.prompt for p in problems for _ in range(n)]
+    flat = complete(policy, prompts, keys=sample_keys(problems, n, *seed), stop=task.stop, **how)
+    return [flat[at : at + n] for at in range(0, len(flat), n)]
+
+
+def count_reasons(reasons: Sequence[str]) -> dict[str, int]:
+    counts = Counter(reasons)
+    return {reason: counts[reason] for reason in REASONS}
+
+
+def majority(answers: Sequence[str]) -> float:
+    """The share of the commonest answer: what a constant reply would score."""
+    return max(Counter(answers).values()) / len(answers)
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a proportion."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = correct / n, Z95**2
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 - C(n-c, k) / C(n, k), unbiased, for `c` correct of `n` samples (2107.03374)."""
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} needs at least {k} samples, there are {n}")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def mean_interval(tasks: Sequence[Sequence[int]], resamples: int = 2000) -> tuple[float, float, float]:
+    """Mean over tasks of their accuracy, with a 95% bootstrap interval: items resampled within each task."""
+    rates = np.array([sum(t) / len(t) for t in tasks])
+    sizes = np.array([len(t) for t in tasks])
+    rng = np.random.default_rng(0)
+    # Resampling 0/1 items with replacement is a binomial draw.
+    means = (rng.binomial(sizes, rates, (resamples, len(tasks))) / sizes).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(rates.mean()), float(low), float(high)
+
+
+def metrics(scores: Mapping[str, Any], id_task: str, near: Sequence[str], far: Sequence[str]) -> dict[str, float]:
+    """Flat figures: id/acc, id/<task>/acc, ood/<task>/acc, ood/acc, ood/near/acc, ood/far/acc and val/id/acc, each
+    with _low and _high (95%)."""
+    out: dict[str, float] = {}
+
+    def put(name: str, value: float, low: float, high: float) -> None:
+        out.update({name: value, f"{name}_low": low, f"{name}_high": high})
+
+    def put_task(name: str, label: str) -> None:
+        correct = scores[label]["correct"]
+        put(name, sum(correct) / len(correct), *wilson(sum(correct), len(correct)))
+
+    put_task("id/acc", id_task)
+    put_task(f"id/{id_task}/acc", id_task)
+    put_task("val/id/acc", f"val/{id_task}")
+    for name, labels in {"ood": [*near, *far], "ood/near": near, "ood/far": far}.items():
+        if labels:
+            put(f"{name}/acc", *mean_interval([scores[label]["correct"] for label in labels]))
+    for label in [*near, *far]:
+        put_task(f"ood/{label}/acc", label)
+        out[f"ood/{label}/majority"] = scores[label]["majority"]
+    return out

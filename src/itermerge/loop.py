@@ -1,0 +1,166 @@
+"""Iterative Model Merging, as the algorithm box has it (2503.02103):
+
+    theta_hat_0 = base
+    for t = 1..T:
+        S_t         = correct solutions sampled from theta_hat_{t-1}
+        theta_t     = SFT(start, S_t)                           merge callback inside
+        theta_hat_t = anchor + ratio * (theta_t - anchor)       the last merge event
+        evaluate theta_t and theta_hat_t
+
+Each line is a stage (`stages`): found in the store or computed. Nothing here knows Hydra.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import stages, tracking
+from .config import Root, StoreLocal
+from .stages import Anchor, Bench, EmptyRound, Merged, Model
+from .store import Artifact, Store, environment, place
+
+log = logging.getLogger(__name__)
+
+
+def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
+    """Runs the loop and writes the run folder; the summary."""
+    private = folder / "stages"  # store=none: stages live in the run folder until the run is done
+    root = Path(cfg.store.dir).expanduser() if isinstance(cfg.store, StoreLocal) else private
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Store(root, environment(stages.device_of(cfg.trainer.accelerator), cfg.threads))
+        bench = Bench(cfg, store, Path(scratch))
+        record = RunRecord(cfg, folder, tracker)
+        history, examples, tuned = [bench.base], [], bench.base
+        record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base, 1.0, 0.0))
+
+        for t in range(1, cfg.rounds + 1):
+            anchor = Anchor(bench, getattr(cfg.merge, "anchor", "base"), history)
+            samples = bench.verify(bench.sample(history[-1], t), t)
+            solutions = list(stages.read_lines(samples.folder / "examples.jsonl"))
+            if not solutions and on_empty(cfg, t, samples):
+                history.append(history[-1])
+                record.write(
+                    bench,
+                    t,
+                    samples=samples,
+                    merged=Merged(history[-1], 1.0, 0.0),
+                    scores=bench.evaluate(history[-1], t),
+                )
+                continue
+            examples = unique([*examples, *solutions]) if cfg.sft.data == "accumulate" else solutions
+            start = {"merged": history[-1], "base": bench.base, "tuned": tuned}[cfg.sft.start]
+            tuned, fitted = bench.fit(start, examples, t, anchor)
+            merged = bench.merge(tuned, anchor)
+            history.append(merged.model)
+            record.write(
+                bench, t, samples=samples, fitted=fitted, tuned=tuned, merged=merged,
+                pre_scores=bench.evaluate(tuned, t) if cfg.suite.pre_merge else None,
+                scores=bench.evaluate(merged.model, t), layers=bench.analyze(tuned, merged.model),
+            )  # fmt: skip
+
+    summary = record.summary(store, time.perf_counter() - started)
+    shutil.rmtree(private, ignore_errors=True)
+    return summary
+
+
+def unique(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The examples without repeats, first ones first."""
+    return list({(e["id"], e["completion"]): e for e in reversed(examples)}.values())[::-1]
+
+
+def on_empty(cfg: Root, number: int, samples: Artifact) -> bool:
+    """True when a round without correct solutions is to be skipped; else raises EmptyRound with the counts."""
+    counts = ", ".join(f"{n} {reason}" for reason, n in samples.facts["reasons"].items() if n)
+    said = f"round {number}: none of {samples.facts['samples']} samples is correct ({counts})"
+    if cfg.loop.on_empty == "skip":
+        log.warning("%s; the round is skipped (loop.on_empty=skip)", said)
+        return True
+    raise EmptyRound(
+        f"{said}. Take an easier task, raise sampler.n, or look at the samples in rounds/{number:02d}/samples.jsonl; "
+        "loop.on_empty=skip goes on with the same model"
+    )
+
+
+class RunRecord:
+    """The run folder: rounds/NN with round.json last, rounds.jsonl, and the tracker beside them."""
+
+    def __init__(self, cfg: Root, folder: Path, tracker: tracking.Tracker) -> None:
+        self.cfg, self.folder, self.tracker = cfg, folder, tracker
+        self.file = tracking.RoundsFile(folder / "rounds.jsonl")
+        self.rounds: list[dict[str, float]] = []
+
+    def write(
+        self, bench: Bench, number: int, *, scores: Artifact, merged: Merged, samples: Artifact | None = None,
+        fitted: Artifact | None = None, tuned: Model | None = None, pre_scores: Artifact | None = None,
+        layers: Artifact | None = None,
+    ) -> None:  # fmt: skip
+        """Puts a round's artifacts and figures in place and tells the tracker."""
+        metrics = bench.figures(scores)
+        if self.cfg.suite.pass_k_n:
+            metrics |= stages.held_out_metrics(bench.held_out_samples(merged.model, number))
+        if pre_scores:
+            metrics |= {f"pre_merge/{name}": value for name, value in bench.figures(pre_scores).items()}
+        if samples:
+            metrics |= stages.practice_metrics(samples.facts)
+        if fitted:
+            metrics |= {
+                "sft/loss": fitted.facts["losses"][-1], "merge/ratio": merged.ratio,
+                "merge/effective_ratio": bench.effective_ratio(), "merge/anchor_distance": merged.anchor_distance,
+            }  # fmt: skip
+        if layers:
+            metrics |= {"weights/drift": layers.facts["drift"]}
+            metrics |= stages.layer_metrics(json.loads((layers.folder / "layers.json").read_text()))
+        if self.rounds:
+            first = self.rounds[0]
+            metrics["gap/superficiality"] = (metrics["id/acc"] - first["id/acc"]) - (
+                metrics["ood/acc"] - first["ood/acc"]
+            )
+
+        folder = self.folder / "rounds" / f"{number:02d}"
+        (folder / "round.json").unlink(missing_ok=True)
+        for artifact in filter(None, (samples, scores, layers)):
+            for name in artifact.files:
+                place(artifact.folder / name, folder / name)
+        if number:
+            for file in sorted(merged.model.folder.iterdir()):
+                if file.name not in ("manifest.json", "timing.json"):
+                    place(file, folder / "model" / file.name)
+        self.rounds.append(metrics)
+        self.file.add(number, metrics)
+        (folder / "round.json").write_text(
+            json.dumps({"round": number, **dict(sorted(metrics.items()))}, indent=1) + "\n"
+        )
+        if fitted:
+            self.tracker.log_curve(number, fitted.facts["losses"])
+        self.tracker.log_round(number, metrics)
+        if number:
+            tracking.console.print(tracking.round_table(describe(self.cfg), self.rounds))
+
+    def summary(self, store: Store, seconds: float) -> dict[str, Any]:
+        """summary.json and timing.json; the summary."""
+        best = max(range(len(self.rounds)), key=lambda t: (self.rounds[t]["val/id/acc"], -t))
+        tally = store.tally
+        summary = {
+            "rounds": len(self.rounds) - 1, "final": self.rounds[-1], "base": self.rounds[0],
+            "best_round_by_validation": best, "gap/superficiality": self.rounds[-1]["gap/superficiality"],
+            "stages": {"computed": tally.computed, "reused": tally.reused, "seconds_saved": round(tally.seconds_saved, 2)},
+        }  # fmt: skip
+        timing = {"seconds": round(seconds, 2), "store_seconds": round(tally.seconds_store, 3), "stages": tally.seconds}
+        (self.folder / "timing.json").write_text(json.dumps(timing, indent=1) + "\n")
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        return summary
+
+
+def describe(cfg: Root) -> str:
+    """One line that says what a run is: merge, ratio, learning rate, seed."""
+    merge: Mapping[str, Any] = vars(cfg.merge)
+    said = "merge=none (vanilla)" if merge["kind"] == "none" else f"merge={merge['kind']} ratio={merge['ratio']}"
+    return f"{said}  lr={cfg.sft.lr:g}  seed={cfg.seed}"

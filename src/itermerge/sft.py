@@ -1,0 +1,202 @@
+"""Supervised fine-tuning of the policy on its own verified solutions, with PyTorch Lightning: one fit a round.
+
+Loss on the completion only. Labels are built from lengths and never from `ids != pad`, since pad may be eos and the
+model must learn to stop. Optimizer and schedule are fresh each fit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .policy import Policy
+from .tasks import derive_seed
+
+IGNORED = -100
+
+
+class SftError(RuntimeError):
+    """A fit that cannot go on."""
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """One fit. `lr` is the peak of a schedule that warms up over `warmup_ratio` of the steps."""
+
+    epochs: int
+    lr: float
+    batch_size: int
+    schedule: str  # constant | linear | cosine
+    warmup_ratio: float
+    weight_decay: float
+    betas: tuple[float, float]
+    max_length: int
+    accelerator: str
+    devices: int
+    precision: str
+    accumulate_grad_batches: int
+    gradient_clip_val: float
+    deterministic: bool
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of a prompt and of the completion to learn (its eos included)."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+
+
+class Examples(Dataset[Example]):
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels, each (batch, longest), padded on the right."""
+    width = max(len(e.prompt) + len(e.completion) for e in examples)
+    ids = torch.full((len(examples), width), pad_id)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for row, e in enumerate(examples):
+        start, end = len(e.prompt), len(e.prompt) + len(e.completion)
+        ids[row, :end] = torch.tensor([*e.prompt, *e.completion])
+        mask[row, :end] = 1
+        labels[row, start:end] = ids[row, start:end]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class LanguageModel(pl.LightningModule):
+    """The LM for fine-tuning: mean cross-entropy a completion token (nats), AdamW, warm-up and schedule by step."""
+
+    def __init__(self, model: Any, spec: FitSpec, steps: int) -> None:
+        super().__init__()
+        self.model, self.spec, self.steps = model, spec, steps
+        self.losses: list[float] = []
+
+    def on_fit_start(self) -> None:
+        self.model.train()  # from_pretrained returns eval mode, and Lightning keeps what it finds
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(**batch).loss
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise SftError(
+                f"the loss is {value} in epoch {self.current_epoch + 1}, batch {batch_idx + 1}; "
+                "lower sft.lr, or set trainer.gradient_clip_val"
+            )
+        self.losses.append(value)
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        spec = self.spec
+        optimizer = torch.optim.AdamW(
+            [p for p in self.model.parameters() if p.requires_grad],
+            lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay,
+        )  # fmt: skip
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.steps, spec))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def lr_factor(step: int, steps: int, spec: FitSpec) -> float:
+    """The share of the peak learning rate at optimizer step `step` of `steps`."""
+    warmup = math.ceil(spec.warmup_ratio * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)
+    return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[spec.schedule]
+
+
+class _Progress(pl.Callback):
+    def __init__(self, on_progress: Callable[[int], None]) -> None:
+        self.on_progress = on_progress
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.on_progress(1)
+
+
+def fit(
+    policy: Policy,
+    examples: Sequence[Example],
+    spec: FitSpec,
+    *,
+    seed: int,
+    callbacks: Sequence[pl.Callback] = (),
+    scratch: Path,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> list[float]:
+    """Trains the policy's weights in place; the mean loss of each epoch.
+
+    The order of the examples and dropout follow `seed`. Raises SftError when the loss is not finite or an example is
+    longer than `spec.max_length` tokens, and KeyboardInterrupt when interrupted.
+    """
+    longest = max(len(e.prompt) + len(e.completion) for e in examples)
+    if longest > min(spec.max_length, policy.context):
+        raise SftError(
+            f"an example has {longest} tokens; sft.max_length is {spec.max_length} and the model's context "
+            f"{policy.context}. Raise sft.max_length or lower sampler.max_new_tokens"
+        )
+    batches = math.ceil(len(examples) / spec.batch_size)
+    steps = math.ceil(batches / spec.accumulate_grad_batches) * spec.epochs
+    device = policy.device
+    handler = signal.getsignal(signal.SIGINT)
+    torch.manual_seed(derive_seed(seed, "dropout"))
+    loader = DataLoader(
+        Examples(examples),
+        batch_size=spec.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(derive_seed(seed, "order")),
+        collate_fn=lambda rows: collate(rows, policy.pad_id),
+    )
+    module = LanguageModel(policy.model, spec, steps)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*Consider setting `persistent_workers=True`.*")
+        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        warnings.filterwarnings(
+            "ignore", message=".*isinstance\\(treespec, LeafSpec\\).*"
+        )  # Lightning 2.6 on torch 2.13
+        trainer = pl.Trainer(
+            max_epochs=spec.epochs,
+            accelerator=spec.accelerator,
+            devices=spec.devices,
+            precision=spec.precision,  # pyright: ignore[reportArgumentType]  # checked by config
+            accumulate_grad_batches=spec.accumulate_grad_batches,
+            gradient_clip_val=spec.gradient_clip_val or None,
+            deterministic=spec.deterministic,
+            callbacks=[_Progress(on_progress), *callbacks],
+            default_root_dir=scratch,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        try:
+            trainer.fit(module, loader)
+        except SystemExit as stopped:  # Lightning turns Ctrl-C into SystemExit and ignores further signals
+            raise KeyboardInterrupt from stopped
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            torch.use_deterministic_algorithms(False)
+            policy.model.eval()
+            policy.model.to(device)  # Lightning leaves the model on the CPU
+    return [sum(e) / len(e) for at in range(spec.epochs) if (e := module.losses[at * batches : (at + 1) * batches])]

@@ -1,0 +1,483 @@
+"""The verbs of a round, each bound to the store: what goes into its key, and what it writes.
+
+A `Bench` holds what the stages of one run share: config, tasks, problems, base model, store and the loaded policy. No
+stage knows which task is in-domain; roles are told to `evaluation.metrics` alone, by `Bench.figures`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import analysis, evaluation, merging
+from .config import MergeLinear, ModelLab, Root, TaskLab, label
+from .evaluation import Exam
+from .policy import Policy, Weights, digest_weights, read_weights, resolve, write_folder
+from .sft import Example, FitSpec, SftError, fit
+from .store import Artifact, Store, file_digest
+from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
+from .tracking import progress
+
+SAMPLING = ("policy.py", "evaluation.py", "tasks")
+FITTING = ("policy.py", "sft.py", "merging.py", "tasks/__init__.py")
+LAB_SEED0 = Path(__file__).parent / "lab"
+VALIDATION_SEED = "validation"  # validation problems are the same in every run of a suite.seed
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights in a folder; `digest` is of their content and of the tokenizer, not of the files that hold them."""
+
+    folder: Path
+    digest: str
+
+
+@dataclass(frozen=True)
+class Merged:
+    """theta_hat_t, and what its last merge event did."""
+
+    model: Model
+    ratio: float
+    anchor_distance: float
+
+
+class EmptyRound(RuntimeError):
+    """No solution of a round was correct; there is nothing to learn from."""
+
+
+def lab_folder(seed: int, models: str) -> Path:
+    """The lab's base model of one pretraining seed. Raises TaskError when it has not been made."""
+    folder = LAB_SEED0 if seed == 0 else Path(models).expanduser() / f"lab-seed{seed}"
+    if not (folder / "model.safetensors").is_file():
+        raise TaskError(
+            f"model.seed: {folder} is not there; make it with: itermerge experiment=pretrain_lab model.seed={seed}"
+        )
+    return folder
+
+
+def build_task(spec: Any) -> Task:
+    """The task of a config node. Raises TaskError when it cannot be had."""
+    if isinstance(spec, TaskLab):
+        from .tasks.lab import LabTask
+
+        return LabTask(spec.family)
+    from .tasks.gym import GymTask
+
+    return GymTask(
+        dataset=spec.dataset, label=label(spec), options=spec.options, shots=spec.shots, train_shots=spec.train_shots
+    )
+
+
+def task_key(spec: Any) -> dict[str, Any]:
+    """What of a task decides its problems, prompts and verdicts."""
+    names = ("kind", "family") if isinstance(spec, TaskLab) else ("kind", "dataset", "options", "shots", "train_shots")
+    return {name: getattr(spec, name) for name in names}
+
+
+def device_of(accelerator: str) -> str:
+    if accelerator == "cpu" or not torch.cuda.is_available():
+        if accelerator == "gpu":
+            raise ValueError("trainer.accelerator: gpu was asked for, and torch finds none")
+        return "cpu"
+    return "cuda"
+
+
+class Bench:
+    """One run's tasks, problems, base and policy, and the stages over them."""
+
+    def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
+        self.cfg, self.store, self.scratch = cfg, store, scratch
+        self.device = device_of(cfg.trainer.accelerator)
+        self.task = build_task(cfg.task)
+        suite = cfg.suite
+        self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
+        test = [
+            Exam(label(s), t := build_task(s), t.problems("test", suite.n, suite.seed))
+            for s in (*suite.near, *suite.far)
+        ]
+        own = self.task.problems("test", suite.n, suite.seed)
+        self.validation = self.task.problems("validation", cfg.task.n_validation, suite.seed, VALIDATION_SEED)
+        self.exams = [
+            Exam(self.task.name, self.task, own), *test, Exam(f"val/{self.task.name}", self.task, self.validation)
+        ]  # fmt: skip
+        for exam in self.exams:
+            check_gold(exam.task, exam.problems)
+        first = self.train_problems(1)
+        check_gold(self.task, first)
+        check_disjoint(self.task.name, {"train": first, "validation": self.validation, "test": own})
+        for exam in test:
+            if exam.task.name != self.task.name:
+                check_disjoint(f"{self.task.name} and {exam.label}", {"train": first, "test": exam.problems})
+        if isinstance(cfg.model, ModelLab):
+            folder, self.trust = lab_folder(cfg.model.seed, cfg.paths.models), False
+        else:
+            folder, self.trust = resolve(cfg.model.path, cfg.model.revision), cfg.model.trust_remote_code
+        self.policy = Policy(folder, trust_remote_code=self.trust, device=self.device)
+        self.extras = _extras_digest(folder)
+        self.base = Model(folder, self._digest(self.policy.weights()))
+        self.base_weights = {k: v.to("cpu").clone() for k, v in self.policy.weights().items()}
+        self.loaded = self.base.digest
+
+    # --- the verbs ---------------------------------------------------------------------------------------------
+
+    def train_problems(self, number: int) -> list[Problem]:
+        """The problems of a round: always the same, or fresh ones."""
+        task = self.cfg.task
+        which = ("fixed",) if task.problems == "fixed" else ("fresh", number)
+        return self.task.problems("train", task.n_train, self.cfg.seed, *which)
+
+    def sample(self, model: Model, number: int) -> Artifact:
+        """completions.jsonl: `sampler.n` completions for each problem of the round."""
+        cfg, problems = self.cfg, self.train_problems(number)
+        seed = derive_seed(cfg.seed, number, "sample")
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            with (
+                progress(f"round {number}: sampling", len(problems) * cfg.sampler.n) as tick,
+                self._sampler(model) as policy,
+            ):
+                made = evaluation.sample(
+                    policy, self.task, problems, cfg.sampler.n, seed,
+                    temperature=cfg.sampler.temperature, top_p=cfg.sampler.top_p, on_progress=tick, **self._decode(),
+                )  # fmt: skip
+            rows = [
+                {"id": p.id, "sample": i, "completion": c.text, "finished": c.finished, "tokens": c.tokens}
+                for p, cs in zip(problems, made, strict=True) for i, c in enumerate(cs)
+            ]  # fmt: skip
+            _write_lines(folder / "completions.jsonl", rows)
+            return {}
+
+        how = {**self._decode(), "n": cfg.sampler.n, "temperature": cfg.sampler.temperature, "top_p": cfg.sampler.top_p}
+        inputs = {
+            "model": model.digest,
+            "task": task_key(cfg.task),
+            "problems": _ids(problems),
+            "how": how,
+            "seed": seed,
+        }
+        return self.store.stage("sample", inputs | self._dtype(), compute, modules=SAMPLING)
+
+    def verify(self, completions: Artifact, number: int) -> Artifact:
+        """samples.jsonl: each completion with its verdict; examples.jsonl: the different correct ones, in order."""
+        keep, problems = self.cfg.task.max_solutions, {p.id: p for p in self.train_problems(number)}
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            samples, examples = [], []
+            seen: set[tuple[str, str]] = set()
+            kept: dict[str, int] = {}
+            for row in read_lines(completions.folder / "completions.jsonl"):
+                problem = problems[row["id"]]
+                verdict = self.task.verify(problem, row["completion"], row["finished"])
+                samples.append(
+                    {"id": row["id"], "sample": row["sample"], "prompt": problem.prompt, "completion": row["completion"],
+                     "answer": verdict.answer, "gold": problem.answer, "verdict": verdict.correct, "reason": verdict.reason,
+                     "tokens": row["tokens"]}
+                )  # fmt: skip
+                solution = (row["id"], row["completion"])
+                if not verdict.correct or solution in seen or (keep is not None and kept.get(row["id"], 0) >= keep):
+                    continue
+                seen.add(solution)
+                kept[row["id"]] = kept.get(row["id"], 0) + 1
+                examples.append({"id": row["id"], "prompt": problem.train_prompt, "completion": row["completion"]})
+            _write_lines(folder / "samples.jsonl", samples)
+            _write_lines(folder / "examples.jsonl", examples)
+            reasons = evaluation.count_reasons([s["reason"] for s in samples])
+            correct = (
+                [[s["verdict"] for s in samples if s["id"] == i] for i in problems] if len(samples) < 20000 else []
+            )
+            return {
+                "samples": len(samples), "examples": len(examples), "problems": len(problems), "reasons": reasons,
+                "solved": len(kept), "distinct": len({(s["id"], s["completion"]) for s in samples}),
+                "pass": {} if not correct else _passes([(len(c), sum(c)) for c in correct]),
+            }  # fmt: skip
+
+        inputs = {"completions": completions.digest, "task": task_key(self.cfg.task), "problems": _ids(list(problems.values())),
+                  "max_solutions": keep}  # fmt: skip
+        return self.store.stage("verify", inputs, compute, modules=("tasks", "evaluation.py", "stages.py"))
+
+    def fit(
+        self, start: Model, examples: Sequence[Mapping[str, str]], number: int, anchor: Anchor
+    ) -> tuple[Model, Artifact]:
+        """The self-improved model theta_t: fine-tuned from `start`, with the merge events before the last."""
+        cfg, spec = self.cfg, self._fit_spec()
+        seed = derive_seed(cfg.seed, number, "fit")
+        inner = self._events()[:-1]
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            policy = self._load(start)
+            self.loaded = ""  # from here on the policy's weights are in between
+            rows = [
+                Example(policy.encode_prompt(e["prompt"]), policy.encode_completion(e["completion"])) for e in examples
+            ]
+            callbacks = []
+            if inner:
+                merge = self._merge_config()
+                callbacks = [
+                    merging.MergeCallback(merge.kind, anchor.weights(), merge.ratio, inner, merge.reset_optimizer)
+                ]
+            total = -(-len(rows) // spec.batch_size) * spec.epochs
+            try:
+                with progress(f"round {number}: fine-tuning", total) as tick:
+                    losses = fit(
+                        policy, rows, spec, seed=seed, callbacks=callbacks, scratch=self.scratch, on_progress=tick
+                    )
+            except SftError as error:
+                raise SftError(f"round {number}: {error}") from error
+            write_folder(folder, policy.weights(), self.base.folder)
+            digest = self.loaded = self._digest(policy.weights())
+            return {"digest": digest, "losses": losses}
+
+        events = None
+        if inner:
+            merge = self._merge_config()
+            events = {
+                "rule": merge.kind,
+                "ratio": merge.ratio,
+                "anchor": anchor.digest,
+                "at": inner,
+                "reset": merge.reset_optimizer,
+            }
+        inputs = {"start": start.digest, "examples": _digest_json(list(examples)), "spec": dataclasses.asdict(spec),
+                  "events": events, "seed": seed}  # fmt: skip
+        made = self.store.stage("fit", inputs, compute, modules=FITTING)
+        return Model(made.folder, made.facts["digest"]), made
+
+    def merge(self, tuned: Model, anchor: Anchor) -> Merged:
+        """The merged model theta_hat_t: the round's last merge event. At ratio 1 it is the tuned model itself."""
+        ratio = self._ratio()
+        if ratio == 1:
+            away = analysis.relative_distance(anchor.weights(), self._weights(tuned))
+            return Merged(tuned, 1.0, away)
+        rule = self._merge_config().kind
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            start = anchor.weights()
+            merged = merging.merge(rule, start, self._weights(tuned), ratio)
+            write_folder(folder, merged, self.base.folder)
+            return {"digest": self._digest(merged), "anchor_distance": analysis.relative_distance(start, merged)}
+
+        inputs = {"tuned": tuned.digest, "anchor": anchor.digest, "rule": rule, "ratio": ratio}
+        made = self.store.stage("merge", inputs, compute, modules=("merging.py", "policy.py", "analysis.py"))
+        return Merged(Model(made.folder, made.facts["digest"]), ratio, made.facts["anchor_distance"])
+
+    def evaluate(self, model: Model, number: int) -> Artifact:
+        """scores.json: greedy verdicts on the test items of every task, and on the ID task's validation items."""
+        cfg = self.cfg
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            total = sum(len(e.problems) for e in self.exams)
+            with progress(f"round {number}: evaluating", total) as tick, self._sampler(model) as policy:
+                scores = evaluation.greedy_scores(policy, self.exams, on_progress=tick, **self._decode())
+            _write_json(folder / "scores.json", scores)
+            return {}
+
+        tasks = [task_key(cfg.task), *map(task_key, [*cfg.suite.near, *cfg.suite.far])]
+        items = {e.label: _ids(e.problems) for e in self.exams}
+        inputs = {"model": model.digest, "tasks": tasks, "items": items, "how": self._decode()} | self._dtype()
+        return self.store.stage("evaluate", inputs, compute, modules=SAMPLING)
+
+    def held_out_samples(self, model: Model, number: int) -> Artifact:
+        """held_out.json: (samples, correct, distinct, distinct correct) for each of the first `suite.pass_k_n`
+        validation problems, with the same draws every round."""
+        cfg, problems = self.cfg, self.validation[: self.cfg.suite.pass_k_n]
+        how = {**self._decode(), "temperature": cfg.sampler.temperature, "top_p": cfg.sampler.top_p}
+        seed = derive_seed(cfg.suite.seed, "held_out")
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            with (
+                progress(f"round {number}: pass@k", len(problems) * cfg.sampler.n) as tick,
+                self._sampler(model) as policy,
+            ):
+                made = evaluation.sample(policy, self.task, problems, cfg.sampler.n, seed, on_progress=tick, **how)
+            rows = []
+            for p, cs in zip(problems, made, strict=True):
+                right = [c.text for c in cs if self.task.verify(p, c.text, c.finished).correct]
+                rows.append([len(cs), len(right), len({c.text for c in cs}), len(set(right))])
+            _write_json(folder / "held_out.json", rows)
+            return {}
+
+        inputs = {"model": model.digest, "task": task_key(cfg.task), "items": _ids(problems), "n": cfg.sampler.n,
+                  "how": how, "seed": seed} | self._dtype()  # fmt: skip
+        return self.store.stage("held_out", inputs, compute, modules=SAMPLING)
+
+    def analyze(self, tuned: Model, merged: Model) -> Artifact:
+        """layers.json: weight change against the base by layer and kind, before and after the last merge event."""
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            after = analysis.layer_change(self.base_weights, self._weights(merged))
+            same = tuned.digest == merged.digest
+            before = after if same else analysis.layer_change(self.base_weights, self._weights(tuned))
+            _write_json(folder / "layers.json", {"pre_merge": before, "merged": after})
+            return {"drift": analysis.relative_distance(self.base_weights, self._weights(merged))}
+
+        inputs = {"base": self.base.digest, "tuned": tuned.digest, "merged": merged.digest}
+        return self.store.stage("analyze", inputs, compute, modules=("analysis.py", "policy.py"))
+
+    # --- figures -----------------------------------------------------------------------------------------------
+
+    def figures(self, scores: Artifact) -> dict[str, float]:
+        """The flat metrics of a scores.json; here, and only here, tasks get their roles."""
+        read = json.loads((scores.folder / "scores.json").read_text())
+        return evaluation.metrics(read, self.task.name, self.near, self.far)
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _digest(self, weights: Weights) -> str:
+        return _digest_json([digest_weights(weights), self.extras])
+
+    def _weights(self, model: Model) -> Weights:
+        return self.base_weights if model.digest == self.base.digest else read_weights(model.folder)
+
+    def _load(self, model: Model) -> Policy:
+        if self.loaded != model.digest:
+            self.policy.set_weights(self._weights(model))
+            self.loaded = model.digest
+        return self.policy
+
+    def _sampler(self, model: Model) -> Any:
+        return _in_dtype(self._load(model), getattr(torch, self.cfg.sampler.dtype))
+
+    def _decode(self) -> dict[str, int]:
+        return {"max_new_tokens": self.cfg.sampler.max_new_tokens, "batch_size": self.cfg.sampler.batch_size}
+
+    def _dtype(self) -> dict[str, str]:
+        return {"dtype": self.cfg.sampler.dtype}
+
+    def _merge_config(self) -> MergeLinear:
+        assert isinstance(self.cfg.merge, MergeLinear)
+        return self.cfg.merge
+
+    def _ratio(self) -> float:
+        return float(self.cfg.merge.ratio) if isinstance(self.cfg.merge, MergeLinear) else 1.0
+
+    def _events(self) -> list[int]:
+        """Epochs with a merge event that does something; the last always counts (at ratio 1 it is a no-op)."""
+        epochs = self.cfg.sft.epochs
+        return [epochs] if self._ratio() == 1 else merging.events(epochs, self._merge_config().every_n_epochs)
+
+    def effective_ratio(self) -> float:
+        return merging.effective_ratio(self._ratio(), self.cfg.sft.epochs, self._events())
+
+    def _fit_spec(self) -> FitSpec:
+        sft, trainer = self.cfg.sft, self.cfg.trainer
+        return FitSpec(
+            epochs=sft.epochs, lr=sft.lr, batch_size=sft.batch_size, schedule=sft.schedule,
+            warmup_ratio=sft.warmup_ratio, weight_decay=sft.weight_decay, betas=(sft.beta1, sft.beta2),
+            max_length=sft.max_length, accelerator="gpu" if self.device == "cuda" else "cpu", devices=1,
+            precision=trainer.precision, accumulate_grad_batches=trainer.accumulate_grad_batches,
+            gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic,
+        )  # fmt: skip
+
+
+class Anchor:
+    """What a round merges towards; its weights are read when they are needed."""
+
+    def __init__(self, bench: Bench, kind: str, history: Sequence[Model]) -> None:
+        """`history` is theta_hat_0 .. theta_hat_{t-1}."""
+        self.bench = bench
+        self.models = {"base": [history[0]], "previous": [history[-1]], "mean": list(history)}[kind]
+        self.digest = self.models[0].digest if len(self.models) == 1 else _digest_json([m.digest for m in self.models])
+
+    def weights(self) -> Weights:
+        read = [self.bench._weights(m) for m in self.models]
+        return read[0] if len(read) == 1 else merging.mean(read)
+
+
+class _in_dtype:
+    """The policy with a copy of its model in another dtype, while it samples; the float32 weights stay as they are."""
+
+    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
+        self.policy, self.dtype, self.own = policy, dtype, policy.model
+
+    def __enter__(self) -> Policy:
+        if self.dtype != torch.float32:
+            self.policy.model = copy.deepcopy(self.own).to(self.dtype)
+        return self.policy
+
+    def __exit__(self, *_: object) -> None:
+        self.policy.model = self.own
+
+
+def _passes(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Mean pass@k over problems for k = 1, 2, 4, ... up to the samples that every problem has."""
+    most = min(n for n, _ in counts)
+    ks = [k for k in (2**i for i in range(12)) if k <= most]
+    return {str(k): sum(evaluation.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
+
+
+def held_out_metrics(artifact: Artifact) -> dict[str, float]:
+    """sample/pass@k, and the shares of different solutions among all and among the correct ones."""
+    rows: list[list[int]] = json.loads((artifact.folder / "held_out.json").read_text())
+    samples, right, distinct, distinct_right = (sum(r[i] for r in rows) for i in range(4))
+    return {
+        **{f"sample/pass@{k}": v for k, v in _passes([(r[0], r[1]) for r in rows]).items()},
+        "diversity/distinct": distinct / samples,
+        **({"diversity/distinct_correct": distinct_right / right} if right else {}),
+    }
+
+
+def practice_metrics(facts: Mapping[str, Any]) -> dict[str, float]:
+    """train_sample/*: what the round's samples were worth."""
+    n = facts["samples"]
+    return {
+        "train_sample/accept_rate": facts["reasons"]["correct"] / n,
+        **{f"train_sample/{reason}": count for reason, count in facts["reasons"].items()},
+        **{f"train_sample/pass@{k}": v for k, v in facts["pass"].items()},
+        "train_sample/distinct": facts["distinct"] / n,
+        "train_sample/solved_problems": facts["solved"] / facts["problems"],
+        "train_sample/examples": facts["examples"],
+    }
+
+
+def layer_metrics(layers: Mapping[str, Any]) -> dict[str, float]:
+    """weights/change/<row> and its pre_merge/ twin."""
+    out = {}
+    for prefix, which in (("", "merged"), ("pre_merge/", "pre_merge")):
+        for row, change in layers[which].items():
+            out[f"{prefix}weights/change/{row}"] = change["relative"]
+    return out
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open() as file:
+        yield from map(json.loads, file)
+
+
+def _extras_digest(folder: Path) -> str:
+    """The config and the tokenizer's files; not the dtype a config was saved with, nor who saved it."""
+    config = json.loads((folder / "config.json").read_text())
+    config = {
+        k: v for k, v in config.items() if k not in ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+    }
+    skip = ("config.json", "README.md", "recipe.json")
+    files = {
+        f.name: file_digest(f) for f in sorted(folder.iterdir())
+        if f.suffix in (".json", ".model", ".txt", ".jinja") and f.name not in skip and "index" not in f.name
+        and f.name not in ("manifest.json", "timing.json", "provenance.json")
+    }  # fmt: skip
+    return _digest_json([config, files])
+
+
+def _digest_json(value: Any) -> str:
+    import hashlib
+
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _ids(problems: Sequence[Problem]) -> str:
+    return _digest_json([dataclasses.asdict(p) for p in problems])
+
+
+def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
