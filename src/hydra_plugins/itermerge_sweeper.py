@@ -19,11 +19,11 @@ class CheckedSweeper(BasicSweeper):
     """Hydra's basic sweeper, with every job's config checked before the first job, and a summary at the end."""
 
     def validate_batch_is_composable(self, batch: Sequence[Sequence[str]]) -> None:
-        assert self.config_loader is not None
+        loader: Any = vars(self)["config_loader"]  # BasicSweeper.setup sets it
         assert self.config is not None
         for overrides in batch:
             try:
-                composed = self.config_loader.load_sweep_config(self.config, list(overrides))
+                composed = loader.load_sweep_config(self.config, list(overrides))
                 with_job = OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"])
                 check(with_job)
             except (ConfigError, HydraException) as error:

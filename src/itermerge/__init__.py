@@ -14,7 +14,7 @@ __all__ = ["Run", "load_run"]
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read: `config` (nested dict), `rounds` (metrics, round 0 is the base), `summary` (None while unfinished)."""
+    """A run folder, read: nested `config`, `rounds` (round 0 is the base), `summary` (None while unfinished)."""
 
     folder: Path
     config: dict[str, Any]
@@ -36,7 +36,7 @@ class Run:
 
 
 def load_run(folder: str | Path) -> Run:
-    """The run in `folder`: its config, rounds, summary and models. Raises FileNotFoundError when it is no run folder."""
+    """The run in `folder`: config, rounds, summary, models. Raises FileNotFoundError when it is no run folder."""
     import json
 
     from omegaconf import OmegaConf

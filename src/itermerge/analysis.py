@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 
 from .policy import Weights, check_same_tensors
 
 _KINDS = (
-    ("q", r"q_proj|query"), ("k", r"k_proj|key"), ("v", r"v_proj|value"), ("o", r"o_proj|self_attn\.dense|attention\.dense|attn\.c_proj"),
-    ("gate", r"gate_proj"), ("up", r"up_proj|dense_h_to_4h|mlp\.c_fc|fc1"), ("down", r"down_proj|dense_4h_to_h|mlp\.c_proj|fc2"),
+    ("q", r"q_proj|query"), ("k", r"k_proj|key"), ("v", r"v_proj|value"), 
+    ("o", r"o_proj|self_attn\.dense|attention\.dense|attn\.c_proj"),
+    ("gate", r"gate_proj"), ("up", r"up_proj|dense_h_to_4h|mlp\.c_fc|fc1"),
+    ("down", r"down_proj|dense_4h_to_h|mlp\.c_proj|fc2"),
     ("norms", r"norm|ln_\w+"),
 )  # fmt: skip
 
@@ -45,7 +48,7 @@ def layer_change(base: Weights, now: Weights) -> dict[str, dict]:
         sums[row][kind] = [x + y for x, y in zip(old, part, strict=True)]
     total = sum(s[0] for kinds in sums.values() for s in kinds.values())
 
-    def figures(s: list[float]) -> dict[str, float]:
+    def figures(s: Sequence[float]) -> dict[str, float]:
         return {"relative": math.sqrt(s[0] / s[1]) if s[1] else 0.0, "mean_abs": s[2] / s[3] if s[3] else 0.0}
 
     out = {}

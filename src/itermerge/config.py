@@ -252,11 +252,11 @@ def conf_dir() -> Path:
 def check(composed: DictConfig) -> Root:
     """`composed` as a Root, every key known, of its type, in its range. Raises ConfigError."""
     try:
-        raw = OmegaConf.to_container(composed, resolve=True)
+        plain = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {_first_line(error)}") from error
-    assert isinstance(raw, dict)
-    raw = {k: v for k, v in raw.items() if k != "hydra"}
+    assert isinstance(plain, dict)
+    raw: dict[str, Any] = {str(k): v for k, v in plain.items() if k != "hydra"}
     schema = OmegaConf.structured(Root)
     OmegaConf.set_struct(schema, True)
     for group, kinds in KINDS.items():

@@ -151,7 +151,9 @@ class RunRecord:
         summary = {
             "rounds": len(self.rounds) - 1, "final": self.rounds[-1], "base": self.rounds[0],
             "best_round_by_validation": best, "gap/superficiality": self.rounds[-1]["gap/superficiality"],
-            "stages": {"computed": tally.computed, "reused": tally.reused, "seconds_saved": round(tally.seconds_saved, 2)},
+            "stages": {
+                "computed": tally.computed, "reused": tally.reused, "seconds_saved": round(tally.seconds_saved, 2)
+            },
         }  # fmt: skip
         timing = {"seconds": round(seconds, 2), "store_seconds": round(tally.seconds_store, 3), "stages": tally.seconds}
         (self.folder / "timing.json").write_text(json.dumps(timing, indent=1) + "\n")

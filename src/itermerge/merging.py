@@ -25,7 +25,7 @@ class MergeError(ValueError):
 
 
 def linear(anchor: Tensor, tuned: Tensor, ratio: float) -> Tensor:
-    """(1 - ratio) anchor + ratio tuned, by one fused lerp: exactly the anchor at 0 and the tuned tensor at 1 (2203.05482)."""
+    """(1 - ratio) anchor + ratio tuned, by one fused lerp: exact at 0 (the anchor) and at 1 (2203.05482)."""
     return torch.lerp(anchor, tuned, ratio)
 
 

@@ -47,9 +47,10 @@ class Policy:
         self.folder = Path(folder)
         check_folder(self.folder)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust_remote_code)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=torch.float32, trust_remote_code=trust_remote_code
-        ).to(device)
+        )
+        self.model: Any = model.to(device)
         self.model.eval()
         self.eos_ids = _eos_ids(self.folder, self.tokenizer, self.model)
         # Padding is masked, and losses are built from lengths, so any token will do; pad = eos is safe.
@@ -134,8 +135,8 @@ def _eos_ids(folder: Path, tokenizer: Any, model: Any) -> list[int]:
             ids.append(extra)
     if not ids:
         raise PolicyError(
-            f"model.path: the tokenizer in {folder} has no eos token and the generation config names none, so the model "
-            "could never learn to stop; set tokenizer.eos_token and save the tokenizer again"
+            f"model.path: the tokenizer in {folder} has no eos token and the generation config names none, so the "
+            "model could never learn to stop; set tokenizer.eos_token and save the tokenizer again"
         )
     return ids
 
@@ -218,7 +219,7 @@ class KeyedSampling(LogitsProcessor):
         wide = torch.float32 if scores.device.type == "mps" else torch.float64
         probs = torch.softmax(scores.float() / self.temperature, -1).to(wide)
         if self.top_p < 1:
-            ranked, order = probs.sort(-1, descending=True, stable=True)
+            ranked, order = torch.sort(probs, dim=-1, descending=True, stable=True)
             ranked[(ranked.cumsum(-1) - ranked) >= self.top_p] = 0
             probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
         cdf = probs.cumsum(-1)

@@ -129,7 +129,9 @@ class _Progress(pl.Callback):
     def __init__(self, on_progress: Callable[[int], None]) -> None:
         self.on_progress = on_progress
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.on_progress(1)
 
 

@@ -176,9 +176,11 @@ class Bench:
                 problem = problems[row["id"]]
                 verdict = self.task.verify(problem, row["completion"], row["finished"])
                 samples.append(
-                    {"id": row["id"], "sample": row["sample"], "prompt": problem.prompt, "completion": row["completion"],
-                     "answer": verdict.answer, "gold": problem.answer, "verdict": verdict.correct, "reason": verdict.reason,
-                     "tokens": row["tokens"]}
+                    {
+                        "id": row["id"], "sample": row["sample"], "prompt": problem.prompt,
+                        "completion": row["completion"], "answer": verdict.answer, "gold": problem.answer,
+                        "verdict": verdict.correct, "reason": verdict.reason, "tokens": row["tokens"],
+                    }
                 )  # fmt: skip
                 solution = (row["id"], row["completion"])
                 if not verdict.correct or solution in seen or (keep is not None and kept.get(row["id"], 0) >= keep):
@@ -198,8 +200,8 @@ class Bench:
                 "pass": {} if not correct else _passes([(len(c), sum(c)) for c in correct]),
             }  # fmt: skip
 
-        inputs = {"completions": completions.digest, "task": task_key(self.cfg.task), "problems": _ids(list(problems.values())),
-                  "max_solutions": keep}  # fmt: skip
+        inputs = {"completions": completions.digest, "task": task_key(self.cfg.task), "max_solutions": keep}
+        inputs["problems"] = _ids(list(problems.values()))
         return self.store.stage("verify", inputs, compute, modules=("tasks", "evaluation.py", "stages.py"))
 
     def fit(

@@ -104,8 +104,8 @@ class Store:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StoreError(
-                    f"the disk is full: stage {name!r} could not be written to {self.root}. Finished stages are intact; "
-                    "free space or give another store.dir, and run the same command again"
+                    f"the disk is full: stage {name!r} could not be written to {self.root}. Finished stages are "
+                    "intact; free space or give another store.dir, and run the same command again"
                 ) from error
             raise
         finally:

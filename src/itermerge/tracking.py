@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +62,7 @@ class WandbTracker:
                 group=settings["group"] or group, name=name, config=config, reinit="finish_previous",
                 settings=wandb.Settings(silent=True, console="off"),
             )  # fmt: skip
-        except wandb.errors.Error as error:
+        except wandb.Error as error:
             raise TrackingError(
                 f"logger=wandb: W&B did not start ({error}); logger.mode=offline needs no account"
             ) from error
@@ -115,7 +115,7 @@ def progress(what: str, total: int) -> Iterator[Tick]:
         yield lambda n: bar.advance(task, n)
 
 
-def round_table(title: str, rounds: list[Metrics]) -> Table:
+def round_table(title: str, rounds: Sequence[Metrics]) -> Table:
     """The rounds so far: ID and OOD accuracy in per cent with 95% intervals, and what was practised on."""
     table = Table(
         title=title,

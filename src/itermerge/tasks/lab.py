@@ -86,7 +86,8 @@ def _mad(rng: random.Random) -> Worked:
     a, b, c = rng.randint(2, 9), rng.randint(11, 19), rng.randint(10, 99)
     p = a * b
     return _worked(
-        f"mad {a}*{b}+{c}?", p + c, f"{a}*10={a * 10},{a}*{b - 10}={p - a * 10},{a * 10}+{p - a * 10}={p},{p}+{c}={p + c}",
+        f"mad {a}*{b}+{c}?", p + c,
+        f"{a}*10={a * 10},{a}*{b - 10}={p - a * 10},{a * 10}+{p - a * 10}={p},{p}+{c}={p + c}",
         f"{a}*{b}={p},{p}+{c}={p + c}",
     )  # fmt: skip
 
@@ -106,7 +107,8 @@ def _count(rng: random.Random) -> Worked:
 def _eval(rng: random.Random) -> Worked:
     terms, values = [], []
     for _ in range(3):
-        (na, a), (nb, b), op = rng.choices([("", "t"), ("", "f"), ("!", "t"), ("!", "f")], k=2) + [rng.choice("&|")]
+        (na, a), (nb, b) = rng.choices([("", "t"), ("", "f"), ("!", "t"), ("!", "f")], k=2)
+        op = rng.choice("&|")
         x, y = (a == "t") != (na == "!"), (b == "t") != (nb == "!")
         terms.append(f"{na}{a}{op}{nb}{b}")
         values.append("t" if (x and y if op == "&" else x or y) else "f")
