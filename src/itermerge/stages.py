@@ -25,7 +25,7 @@ from .store import Artifact, Store, file_digest
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
 from .tracking import progress
 
-SAMPLING = ("policy.py", "evaluation.py", "tasks")
+SAMPLING = ("policy.py", "evaluation.py", "tasks/__init__.py")
 FITTING = ("policy.py", "sft.py", "merging.py", "tasks/__init__.py")
 LAB_SEED0 = Path(__file__).parent / "lab"
 VALIDATION_SEED = "validation"  # validation problems are the same in every run of a suite.seed
@@ -95,6 +95,8 @@ class Bench:
     def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
         self.cfg, self.store, self.scratch = cfg, store, scratch
         self.device = device_of(cfg.trainer.accelerator)
+        kinds = sorted({s.kind for s in (cfg.task, *cfg.suite.near, *cfg.suite.far)})
+        self.sampling = (*SAMPLING, *(f"tasks/{kind}.py" for kind in kinds))
         self.task = build_task(cfg.task)
         suite = cfg.suite
         self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
@@ -162,7 +164,7 @@ class Bench:
             "how": how,
             "seed": seed,
         }
-        return self.store.stage("sample", inputs | self._dtype(), compute, modules=SAMPLING)
+        return self.store.stage("sample", inputs | self._dtype(), compute, modules=self.sampling)
 
     def verify(self, completions: Artifact, number: int) -> Artifact:
         """samples.jsonl: each completion with its verdict; examples.jsonl: the different correct ones, in order."""
@@ -202,7 +204,7 @@ class Bench:
 
         inputs = {"completions": completions.digest, "task": task_key(self.cfg.task), "max_solutions": keep}
         inputs["problems"] = _ids(list(problems.values()))
-        return self.store.stage("verify", inputs, compute, modules=("tasks", "evaluation.py", "stages.py"))
+        return self.store.stage("verify", inputs, compute, modules=(*self.sampling, "stages.py"))
 
     def fit(
         self, start: Model, examples: Sequence[Mapping[str, str]], number: int, anchor: Anchor
@@ -283,7 +285,7 @@ class Bench:
         tasks = [task_key(cfg.task), *map(task_key, [*cfg.suite.near, *cfg.suite.far])]
         items = {e.label: _ids(e.problems) for e in self.exams}
         inputs = {"model": model.digest, "tasks": tasks, "items": items, "how": self._decode()} | self._dtype()
-        return self.store.stage("evaluate", inputs, compute, modules=SAMPLING)
+        return self.store.stage("evaluate", inputs, compute, modules=self.sampling)
 
     def held_out_samples(self, model: Model, number: int) -> Artifact:
         """held_out.json: (samples, correct, distinct, distinct correct) for each of the first `suite.pass_k_n`
@@ -307,7 +309,7 @@ class Bench:
 
         inputs = {"model": model.digest, "task": task_key(cfg.task), "items": _ids(problems), "n": cfg.sampler.n,
                   "how": how, "seed": seed} | self._dtype()  # fmt: skip
-        return self.store.stage("held_out", inputs, compute, modules=SAMPLING)
+        return self.store.stage("held_out", inputs, compute, modules=self.sampling)
 
     def analyze(self, tuned: Model, merged: Model) -> Artifact:
         """layers.json: weight change against the base by layer and kind, before and after the last merge event."""

@@ -145,8 +145,12 @@ class Store:
         (work / MANIFEST).write_text(json.dumps({"key": key, "files": digests, "facts": facts, "inputs": what}))
         for name in [*files, MANIFEST]:
             (work / name).chmod(0o444)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(work, folder)
+        try:
+            os.replace(work, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            log.info("stage %s was made by another run at the same time; that one is kept", folder.parent.parent.name)
         return Artifact(folder, key, facts, digests)
 
 
