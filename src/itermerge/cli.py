@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from .config import ConfigError, ProgramPretrainLab, Root, check, conf_dir, to_dict
+from .store import is_disk_full
 
 MARKS = ("DONE", "FAILED", "INTERRUPTED")
 log = logging.getLogger("itermerge")
@@ -117,12 +118,13 @@ def _pretrain(cfg: Root, folder: Path) -> float:
     if (out / "model.safetensors").exists():
         raise FileExistsError(f"program.out: {out} already holds a model; remove it, or give another program.out")
     spec = FitSpec(
-        epochs=1, lr=program.lr, batch_size=program.batch_size, schedule="cosine", warmup_ratio=0.03, weight_decay=0.01,
+        epochs=1, lr=1.0, batch_size=program.batch_size, schedule="cosine", warmup_ratio=0.03, weight_decay=0.01,
         betas=(0.9, 0.98), max_length=256, accelerator="cpu", devices=1, precision="32-true",
         accumulate_grad_batches=1, gradient_clip_val=1.0, deterministic=False,
     )  # fmt: skip
-    names = ("width", "layers", "heads", "kv_heads", "ffn", "examples", "families")
-    recipe = {name: getattr(program, name) for name in names} | {"threads": cfg.threads}
+    names = ("width", "layers", "heads", "kv_heads", "ffn", "families")
+    recipe = {name: getattr(program, name) for name in names}
+    recipe |= {"threads": cfg.threads, "phases": {k: vars(phase) for k, phase in program.phases.items()}}
     code = provenance([])
     with (
         tempfile.TemporaryDirectory() as scratch,
@@ -164,6 +166,8 @@ def fail(folder: Path, error: Exception, single: bool, mark: bool = True) -> Non
         raise error
     if _expected(error):
         die(str(error))
+    if is_disk_full(error):
+        die(f"the disk is full: {folder} could not be written. Finished stages are intact; free space and run it again")
     raise error
 
 

@@ -182,13 +182,21 @@ class ProgramImm:
 
 
 @dataclass
+class PretrainPhase:
+    """One pass over `examples` fresh solutions; `styles` are the weights of a family's two styles."""
+
+    examples: int = knob(ge=1)
+    lr: float = knob(gt=0)
+    styles: list[int] = field(default_factory=lambda: [1, 1])
+
+
+@dataclass
 class ProgramPretrainLab:
     """Makes the lab's base model of `model.seed` from nothing. Shape, corpus size and family weights."""
 
     kind: str = "pretrain_lab"
     out: str = MISSING
-    examples: int = knob(ge=1)
-    lr: float = knob(gt=0)
+    phases: dict[str, PretrainPhase] = MISSING
     batch_size: int = knob(ge=1)
     width: int = knob(ge=8)
     layers: int = knob(ge=1)
@@ -258,7 +266,6 @@ def check(composed: DictConfig) -> Root:
     assert isinstance(plain, dict)
     raw: dict[str, Any] = {str(k): v for k, v in plain.items() if k != "hydra"}
     schema = OmegaConf.structured(Root)
-    OmegaConf.set_struct(schema, True)
     for group, kinds in KINDS.items():
         schema[group] = OmegaConf.structured(_kind(kinds, raw.get(group), group))
     suite = raw.get("suite")
@@ -324,6 +331,9 @@ def _check_ranges(node: Any, at: str) -> None:
         value, key, limits = getattr(node, f.name), f"{at}.{f.name}" if at else f.name, f.metadata
         if dataclasses.is_dataclass(value):
             _check_ranges(value, key)
+        for name, item in value.items() if isinstance(value, dict) else ():
+            if dataclasses.is_dataclass(item):
+                _check_ranges(item, f"{key}.{name}")
         if value is None or not limits:
             continue
         if limits.get("among") and value not in limits["among"]:
@@ -338,6 +348,10 @@ def _check_ranges(node: Any, at: str) -> None:
 
 
 def _cross_checks(root: Root) -> None:
+    if isinstance(root.program, ProgramPretrainLab):
+        for name, phase in root.program.phases.items():
+            if len(phase.styles) != 2 or min(phase.styles) < 0 or sum(phase.styles) == 0:
+                raise ConfigError(f"program.phases.{name}.styles: needs two whole-number weights, got {phase.styles}")
     if isinstance(root.merge, MergeLinear):
         every = root.merge.every_n_epochs
         if every != "last" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):

@@ -3,15 +3,17 @@
     itermerge experiment=pretrain_lab model.seed=1
 
 Problems come from the lab's `pretrain` part, which no task draws from. Each solution is written in one of its family's
-two styles, chosen at random. The result is a Hugging Face folder with `recipe.json` beside the weights.
+two styles, chosen at random; in a second, shorter phase at a lower learning rate by unequal weights, so that the model
+has a preference between them. The result is a Hugging Face folder with `recipe.json` beside the weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +52,17 @@ def model(width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: i
     )  # fmt: skip
 
 
-def corpus(n: int, weights: Mapping[str, float], seed: int) -> list[tuple[str, str]]:
-    """`n` (prompt, completion) pairs, families by weight, one style each at random."""
-    rng = random.Random(derive_seed(seed, "corpus"))
+def corpus(n: int, weights: Mapping[str, float], styles: Sequence[int], *seed: object) -> list[tuple[str, str]]:
+    """`n` (prompt, completion) pairs, families by weight, one style each by whole-number weights."""
+    rng = random.Random(derive_seed(*seed, "corpus"))
     names = list(weights)
     pairs: list[tuple[str, str]] = []
     while len(pairs) < n:
         family = rng.choices(names, [weights[f] for f in names])[0]
         worked = FAMILIES[family](rng)
         if part_of(worked.text) == "pretrain":
-            pairs.append((worked.text, rng.choice(worked.styles)))
+            pool = [s for s, w in zip(worked.styles, styles, strict=True) for _ in range(w)]
+            pairs.append((worked.text, rng.choice(pool)))
     return pairs
 
 
@@ -83,18 +86,24 @@ def pretrain(
     words.save_pretrained(start)
     policy = Policy(start)
     policy.model.to("cuda" if spec.accelerator == "gpu" else "cpu")
-    pairs = corpus(recipe["examples"], recipe["families"], seed)
-    examples = [Example(policy.encode_prompt(p), policy.encode_completion(c)) for p, c in pairs]
-    losses = fit(policy, examples, spec, seed=derive_seed(seed, "fit"), scratch=scratch, on_progress=on_progress)
+    losses = []
+    for name, phase in recipe["phases"].items():
+        which = (seed,) if name == "main" else (seed, name)
+        pairs = corpus(phase["examples"], recipe["families"], phase["styles"], *which)
+        examples = [Example(policy.encode_prompt(p), policy.encode_completion(c)) for p, c in pairs]
+        losses = fit(
+            policy, examples, dataclasses.replace(spec, lr=phase["lr"]), seed=derive_seed(*which, "fit"),
+            scratch=scratch, on_progress=on_progress,
+        )  # fmt: skip
     write_folder(out, policy.weights(), start)
-    record = {"seed": seed, **recipe, "lr": spec.lr, "batch_size": spec.batch_size, "loss": round(losses[-1], 4)}
+    record = {"seed": seed, **recipe, "batch_size": spec.batch_size, "loss": round(losses[-1], 4)}
     (out / "recipe.json").write_text(json.dumps({**record, **provenance}, indent=2) + "\n")
     return losses[-1]
 
 
 def steps(recipe: Mapping[str, Any], spec: FitSpec) -> int:
     """Optimizer steps of the recipe."""
-    return math.ceil(recipe["examples"] / spec.batch_size) * spec.epochs
+    return sum(math.ceil(phase["examples"] / spec.batch_size) * spec.epochs for phase in recipe["phases"].values())
 
 
 __all__ = ["FAMILIES", "corpus", "model", "pretrain", "steps", "tokenizer"]

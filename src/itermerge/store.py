@@ -101,8 +101,8 @@ class Store:
             facts = dict(compute(work))
             seconds = time.perf_counter() - at
             made = self._seal(work, folder, key, facts, what, seconds)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        except Exception as error:
+            if is_disk_full(error):
                 raise StoreError(
                     f"the disk is full: stage {name!r} could not be written to {self.root}. Finished stages are "
                     "intact; free space or give another store.dir, and run the same command again"
@@ -152,6 +152,11 @@ class Store:
                 raise
             log.info("stage %s was made by another run at the same time; that one is kept", folder.parent.parent.name)
         return Artifact(folder, key, facts, digests)
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error says that no space is left (safetensors says it in words, without an errno)."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 def place(source: Path, target: Path) -> None:
