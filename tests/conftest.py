@@ -1,0 +1,140 @@
+"""Fixtures of the whole suite: a tiny random model, the shipped lab model, one run in this process, commands in others.
+
+Nothing here touches the user's own cache: ITERMERGE_HOME is a folder of the test session.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
+
+import torch
+
+from itermerge.policy import Policy
+
+torch.set_num_threads(1)
+
+# Small enough for a second or two, on a task that the lab's base model solves often, whatever its training.
+SMALL = (
+    "rounds=2", "task.family=find", "task.n_train=16", "task.n_validation=8", "suite.n=8", "suite.pass_k_n=4",
+    "suite.near=[{kind: lab, family: chain}]", "suite.far=[{kind: lab, family: sort}]", "sampler.n=4",
+    "sampler.max_new_tokens=32",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ITERMERGE_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: 2 layers of width 16, random weights, one token a character."""
+    from itermerge import pretrain
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = pretrain.tokenizer()
+    pretrain.model(width=16, layers=2, heads=2, kv_heads=1, ffn=32, vocab=len(words), seed=0).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> Policy:
+    return Policy(tiny_folder)
+
+
+def enliven(policy: Policy) -> Policy:
+    """`policy` with larger random matrices: texts vary, and its predictions are far from uniform."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for w in policy.weights().values():
+            if w.dim() > 1:
+                w.normal_(0, 0.7, generator=draw)
+    return policy
+
+
+@pytest.fixture(scope="session")
+def lab() -> Policy:
+    """The shipped base model; tests leave its weights as they are."""
+    from itermerge.stages import LAB_SEED0
+
+    return Policy(LAB_SEED0)
+
+
+def compose_config(*overrides: str) -> Any:
+    """What Hydra hands to a job for this command line."""
+    from hydra import compose, initialize_config_dir
+
+    from itermerge.config import conf_dir
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
+    """One small run in this process, without Hydra's job around it; its summary."""
+    from itermerge import cli, loop
+    from itermerge.config import check
+
+    cfg = check(compose_config(*SMALL, *overrides))
+    folder.mkdir(parents=True, exist_ok=True)
+    cli.claim(folder, cfg)
+    summary = loop.run(cfg, folder, cli.make_tracker(cfg, folder))
+    (folder / "DONE").write_text("")
+    return summary
+
+
+def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """`itermerge` started in another process."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-m", "itermerge", *words], cwd=cwd, env=os.environ | (env or {}), **pipes)
+
+
+def itermerge(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """`itermerge` run to its end in another process."""
+    started = command(*words, cwd=cwd, env=env)
+    out, err = started.communicate(timeout=180)
+    return subprocess.CompletedProcess(words, started.returncode, out, err)
+
+
+def deterministic_set(folder: Path) -> dict[str, bytes]:
+    """The files of a run that the same config and environment give byte for byte."""
+    names = ("rounds.jsonl", "samples.jsonl", "examples.jsonl", "scores.json", "layers.json", "round.json")
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and (f.name in names or f.parent.name == "model")
+    }
+
+
+def read_rounds(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def write_variant(tiny_folder: Path, tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """A copy of the tiny model's folder with JSON files edited: {file: {key: value}}, None removes a key or a file."""
+    import shutil
+
+    def write(edits: dict[str, dict[str, Any] | None]) -> Path:
+        folder = tmp_path / "variant"
+        shutil.copytree(tiny_folder, folder)
+        for name, changes in edits.items():
+            if changes is None:
+                (folder / name).unlink()
+                continue
+            content = {**json.loads((folder / name).read_text()), **changes}
+            (folder / name).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+        return folder
+
+    return write

@@ -1,0 +1,413 @@
+"""Whole runs in this process: same bytes on every way to them, what is shared, and rounds in which nothing verifies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import SMALL, compose_config, deterministic_set, read_rounds, run_here
+
+import itermerge
+from itermerge import cli, loop, sft, stages, tracking
+from itermerge.config import check
+from itermerge.policy import PolicyError, complete, read_weights
+from itermerge.sft import SftError
+from itermerge.stages import EmptyRound
+from itermerge.tracking import TrackingError, WandbTracker
+
+STAGES = {"evaluate": 5, "held_out": 3, "sample": 2, "verify": 2, "fit": 2, "merge": 2, "analyze": 2}  # 2 rounds
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its store beside it."""
+    folder = tmp_path_factory.mktemp("runs") / "cold"
+    summary = run_here(folder, f"store.dir={folder.parent / 'store'}")
+    assert summary["stages"]["computed"] == STAGES
+    assert summary["stages"]["reused"] == {}
+    return folder
+
+
+def _beside(cold: Path) -> str:
+    return f"store.dir={cold.parent / 'store'}"
+
+
+def test_files_of_a_run(cold: Path) -> None:
+    found = {str(f.relative_to(cold)) for f in cold.rglob("*") if f.is_file()}
+    model = {f.name for f in stages.LAB_SEED0.iterdir() if f.suffix in (".json", ".safetensors")}
+    expected = {"config.yaml", "rounds.jsonl", "summary.json", "timing.json", "DONE"}
+    expected |= {f"rounds/00/{name}" for name in ("scores.json", "round.json")}
+    for t in ("01", "02"):
+        names = ("samples.jsonl", "examples.jsonl", "scores.json", "layers.json", "round.json")
+        expected |= {f"rounds/{t}/{name}" for name in names} | {f"rounds/{t}/model/{name}" for name in model}
+    assert found - {"rounds/00/held_out.json"} == expected
+
+
+def test_a_warm_store_gives_the_same_bytes_and_computes_nothing(cold: Path, tmp_path: Path) -> None:
+    summary = run_here(tmp_path / "warm", _beside(cold))
+    assert deterministic_set(tmp_path / "warm") == deterministic_set(cold)
+    assert (summary["stages"]["computed"], summary["stages"]["reused"]) == ({}, STAGES)
+    assert summary["stages"]["seconds_saved"] > 0
+
+
+def test_no_store_gives_the_same_bytes_and_leaves_no_stages(cold: Path, tmp_path: Path) -> None:
+    run_here(tmp_path / "none", "store=none")
+    assert deterministic_set(tmp_path / "none") == deterministic_set(cold)
+    assert not (tmp_path / "none" / "stages").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "stage"),
+    [
+        ("seed=1", "sample"), ("sampler.temperature=0.9", "sample"), ("sampler.batch_size=8", "sample"),
+        ("sft.lr=2e-3", "fit"), ("merge.ratio=0.25", "fit"),  # an event after the first of two epochs
+        ("merge.reset_optimizer=false", "fit"), ("task.max_solutions=1", "verify"), ("suite.seed=1", "evaluate"),
+    ],
+)  # fmt: skip
+def test_what_a_change_reaches_is_computed_again(cold: Path, tmp_path: Path, override: str, stage: str) -> None:
+    summary = run_here(tmp_path / "run", _beside(cold), override, "rounds=1")
+    assert summary["stages"]["computed"].get(stage)
+
+
+def test_jobs_share_what_agrees(cold: Path, tmp_path: Path) -> None:
+    """The only event is the last: another ratio shares round 1 up to and with its fit; fewer rounds share it all."""
+    last = "merge.every_n_epochs=last"
+    run_here(tmp_path / "a", f"store.dir={tmp_path / 'store'}", last, "merge.ratio=0.5", "rounds=1")
+    summary = run_here(tmp_path / "b", f"store.dir={tmp_path / 'store'}", last, "merge.ratio=0.25", "rounds=1")
+    # the base and the tuned model are evaluated already
+    assert summary["stages"]["reused"] == {"evaluate": 2, "held_out": 1, "sample": 1, "verify": 1, "fit": 1}
+    assert summary["stages"]["computed"] == {"merge": 1, "evaluate": 1, "held_out": 1, "analyze": 1}
+    fewer = run_here(tmp_path / "c", _beside(cold), "rounds=1")
+    assert fewer["stages"]["computed"] == {}
+    whole = deterministic_set(cold)
+    for name, content in deterministic_set(tmp_path / "c").items():
+        assert whole[name].startswith(content) if name == "rounds.jsonl" else whole[name] == content, name
+
+
+def test_ratio_1_is_vanilla_byte_for_byte(tmp_path: Path) -> None:
+    where = f"store.dir={tmp_path / 'store'}"
+    run_here(tmp_path / "one", where, "merge.ratio=1")
+    summary = run_here(tmp_path / "none", where, "merge=none")
+    assert summary["stages"]["computed"] == {}
+    run_here(tmp_path / "apart", f"store.dir={tmp_path / 'other'}", "merge=none")
+    one, none, apart = (deterministic_set(tmp_path / name) for name in ("one", "none", "apart"))
+    assert one == none == apart
+    assert [line.get("merge/ratio") for line in read_rounds(tmp_path / "one")] == [None, 1.0, 1.0]
+
+
+def test_ratio_0_stays_at_the_base(tmp_path: Path) -> None:
+    run_here(tmp_path / "zero", f"store.dir={tmp_path / 'store'}", "merge.ratio=0", "rounds=1")
+    base, now = read_weights(stages.LAB_SEED0), read_weights(tmp_path / "zero" / "rounds" / "01" / "model")
+    assert all(torch.equal(base[name], now[name]) for name in base)
+    first, last = read_rounds(tmp_path / "zero")
+    assert last["weights/drift"] == 0
+    assert {k: v for k, v in last.items() if k in first and k != "round"} == {
+        k: v for k, v in first.items() if k != "round"
+    }
+    assert last["pre_merge/weights/change/layer_00"] > 0
+
+
+def test_merged_weights_follow_the_law(cold: Path, tmp_path: Path) -> None:
+    """theta_hat_1 = base + ratio (theta_1 - base), theta_1 from the store."""
+    run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", "merge.ratio=0.25", "rounds=1")
+    (fitted,) = (tmp_path / "store" / "fit").rglob("model.safetensors")
+    base, tuned = read_weights(stages.LAB_SEED0), read_weights(fitted.parent)
+    merged = read_weights(tmp_path / "run" / "rounds" / "01" / "model")
+    moved = 0.0
+    for name, b in base.items():
+        expected = b.double() + 0.25 * (tuned[name].double() - b.double())
+        torch.testing.assert_close(merged[name].double(), expected, rtol=1e-6, atol=1e-7)
+        moved += float((tuned[name] - b).abs().sum())
+    assert moved > 0
+
+
+def test_examples_are_the_different_verified_samples(cold: Path) -> None:
+    for t in ("01", "02"):
+        samples = [json.loads(line) for line in (cold / "rounds" / t / "samples.jsonl").read_text().splitlines()]
+        examples = [json.loads(line) for line in (cold / "rounds" / t / "examples.jsonl").read_text().splitlines()]
+        assert len(samples) == 16 * 4
+        right = [(s["id"], s["completion"]) for s in samples if s["completion"].rpartition("#")[2] == s["gold"]]
+        assert [(e["id"], e["completion"]) for e in examples] == list(dict.fromkeys(right))  # 4 samples: no cut at 4
+        assert {s["reason"] for s in samples if s["verdict"]} == {"correct"}
+        line = read_rounds(cold)[int(t)]
+        assert line["train_sample/accept_rate"] == sum(s["verdict"] for s in samples) / 64
+        assert line["train_sample/examples"] == len(examples)
+
+
+def test_max_solutions_cuts_each_problem(cold: Path, tmp_path: Path) -> None:
+    run_here(tmp_path / "run", _beside(cold), "task.max_solutions=1", "rounds=1")
+    read = [
+        [json.loads(line)["id"] for line in (folder / "rounds" / "01" / "examples.jsonl").read_text().splitlines()]
+        for folder in (cold, tmp_path / "run")
+    ]
+    assert read[1] == list(dict.fromkeys(read[0]))
+
+
+def test_figures_of_the_rounds_agree_with_the_files(cold: Path) -> None:
+    rounds = read_rounds(cold)
+    assert [line["round"] for line in rounds] == [0, 1, 2]
+    for t, line in enumerate(rounds):
+        scores = json.loads((cold / "rounds" / f"{t:02d}" / "scores.json").read_text())
+        assert line["id/acc"] == sum(scores["find"]["correct"]) / 8
+        assert line["ood/acc"] == pytest.approx(sum(sum(scores[x]["correct"]) for x in ("chain", "sort")) / 16)
+        assert json.loads((cold / "rounds" / f"{t:02d}" / "round.json").read_text()) == line
+        assert list(line)[1:] == sorted(list(line)[1:])
+    gap = (rounds[2]["id/acc"] - rounds[0]["id/acc"]) - (rounds[2]["ood/acc"] - rounds[0]["ood/acc"])
+    assert rounds[2]["gap/superficiality"] == pytest.approx(gap)
+    assert rounds[1]["merge/effective_ratio"] == pytest.approx(0.375)  # 2 epochs, 2 events at 1/2: (1/4 + 1/2) / 2
+    summary = json.loads((cold / "summary.json").read_text())
+    assert summary["final"] | {"round": 2} == rounds[2]
+    best = max(line["val/id/acc"] for line in rounds)
+    assert summary["best_round_by_validation"] == [line["val/id/acc"] for line in rounds].index(best)
+
+
+def test_gap_of_a_model_that_lost_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ruin(policy: Any, *_: Any, **__: Any) -> list[float]:
+        policy.set_weights({name: torch.zeros_like(w) for name, w in policy.weights().items()})
+        return [0.0]
+
+    monkeypatch.setattr(stages, "fit", ruin)
+    run_here(tmp_path / "run", "merge=none", "rounds=1", "suite.pass_k_n=0", f"store.dir={tmp_path / 'store'}")
+    base, last = read_rounds(tmp_path / "run")
+    assert (last["id/acc"], last["ood/acc"]) == (0, 0)
+    assert base["ood/acc"] > 0
+    # (0 - ID_0) - (0 - OOD_0)
+    assert last["gap/superficiality"] == pytest.approx(base["ood/acc"] - base["id/acc"])
+    best = json.loads((tmp_path / "run" / "summary.json").read_text())["best_round_by_validation"]
+    assert best == 0
+
+
+def test_deterministic_files_hold_no_paths(cold: Path) -> None:
+    for name, content in deterministic_set(cold).items():
+        assert str(cold.parent).encode() not in content, name
+
+
+def test_accumulated_examples_stand_once_in_their_first_order() -> None:
+    rows = [{"id": i, "completion": c} for i, c in (("a", "1"), ("b", "1"), ("a", "1"), ("a", "2"), ("b", "1"))]
+    assert loop.unique(rows) == [rows[0], rows[1], rows[3]]
+
+
+@pytest.mark.parametrize("data", ["replace", "accumulate"])
+def test_data_of_a_round(data: str, cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    real = sft.fit
+
+    def counting(policy: Any, examples: Any, *rest: Any, **how: Any) -> list[float]:
+        sizes.append(len({(tuple(e.prompt), tuple(e.completion)) for e in examples}))
+        assert sizes[-1] == len(examples)
+        return real(policy, examples, *rest, **how)
+
+    monkeypatch.setattr(stages, "fit", counting)
+    run_here(tmp_path / "run", f"sft.data={data}", f"store.dir={tmp_path / 'store'}", "suite.pass_k_n=0")
+    files = [tmp_path / "run" / "rounds" / t / "examples.jsonl" for t in ("01", "02")]
+    one, two = (set(file.read_text().splitlines()) for file in files)
+    assert sizes == [len(one), len(one | two) if data == "accumulate" else len(two)]
+
+
+def test_fresh_problems_change_every_round(tmp_path: Path) -> None:
+    run_here(tmp_path / "run", "task.problems=fresh", f"store.dir={tmp_path / 'store'}", "suite.pass_k_n=0")
+    asked = []
+    for t in ("01", "02"):
+        lines = (tmp_path / "run" / "rounds" / t / "samples.jsonl").read_text().splitlines()
+        asked.append({json.loads(line)["prompt"] for line in lines})
+    assert [len(a) for a in asked] == [16, 16]
+    assert asked[0] != asked[1]
+
+
+# --- folders -------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_folder_is_never_overwritten(cold: Path) -> None:
+    before = deterministic_set(cold)
+    with pytest.raises(FileExistsError, match=r"holds a finished run, which is never overwritten"):
+        run_here(cold, _beside(cold))
+    assert deterministic_set(cold) == before
+
+
+def test_an_unfinished_folder_of_another_config_is_refused(cold: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text((cold / "config.yaml").read_text())
+    with pytest.raises(FileExistsError, match=r"holds an unfinished run of another config"):
+        run_here(tmp_path, _beside(cold), "seed=5")
+    assert not (tmp_path / "rounds.jsonl").exists()
+
+
+def test_a_run_goes_on_in_its_folder(cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first try fails in round 2; the second reads what is there."""
+    real, calls = stages.fit, []
+
+    def fails_in_round_2(*given: Any, **how: Any) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise SftError("the loss is nan")
+        return real(*given, **how)
+
+    where = f"store.dir={tmp_path / 'store'}"
+    monkeypatch.setattr(stages, "fit", fails_in_round_2)
+    with pytest.raises(SftError, match=r"^round 2: the loss is nan"):
+        run_here(tmp_path / "run", where)
+    assert [line["round"] for line in read_rounds(tmp_path / "run")] == [0, 1]
+    summary = run_here(tmp_path / "run", where)
+    assert summary["stages"]["computed"]["fit"] == 1
+    assert summary["stages"]["reused"]["fit"] == 1
+    assert deterministic_set(tmp_path / "run") == deterministic_set(cold)
+
+
+def test_load_run(cold: Path, tmp_path: Path) -> None:
+    run = itermerge.load_run(cold)
+    assert run.config["task"]["family"] == "find"
+    assert run.rounds == read_rounds(cold)
+    assert run.summary is not None
+    assert run.summary["rounds"] == 2
+    last, first = run.model(), run.model(1)
+    written = read_weights(cold / "rounds" / "02" / "model")
+    assert all(torch.equal(w, written[n]) for n, w in last.weights().items())
+    assert any(not torch.equal(w, first.weights()[n]) for n, w in last.weights().items())
+    assert complete(last, ["find 10+?=44?"], keys=None, batch_size=1, max_new_tokens=4)[0].tokens > 0
+    with pytest.raises(FileNotFoundError, match=r"round 7 of .* has no model; rounds 1 to 2 have"):
+        run.model(7)
+    with pytest.raises(FileNotFoundError, match=r"is no run folder: it needs config\.yaml and rounds\.jsonl"):
+        itermerge.load_run(tmp_path)
+
+
+def test_a_job_returns_its_optimized_metric(cold: Path, tmp_path: Path) -> None:
+    cfg = check(compose_config(*SMALL, _beside(cold), "optimized_metric=ood/sort/acc"))
+    value = cli.start(cfg, tmp_path, ["seed=0"])
+    assert value == read_rounds(cold)[-1]["ood/sort/acc"]
+    assert (tmp_path / "figures" / "id_ood.png").read_bytes().startswith(b"\x89PNG")
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    assert provenance["overrides"] == ["seed=0"]
+    assert provenance["versions"]["torch"].startswith("2.")
+
+
+# --- rounds in which nothing verifies ------------------------------------------------------------------------------
+
+
+def _random_model(folder: Path, tmp_path: Path) -> list[str]:
+    return ["model=hf", f"model.path={folder}", f"store.dir={tmp_path / 'store'}", "sampler.max_new_tokens=4"]
+
+
+def test_an_empty_round_stops_with_the_counts(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(EmptyRound, match=r"round 1: none of 64 samples is correct \(.*\d truncated\).*on_empty=skip"):
+        run_here(tmp_path / "run", *_random_model(tiny_folder, tmp_path))
+    assert (tmp_path / "run" / "rounds" / "01" / "samples.jsonl").is_file()  # the message says to look at them
+    assert [line["round"] for line in read_rounds(tmp_path / "run")] == [0]
+
+
+def test_an_empty_round_is_skipped_when_asked(
+    write_variant: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_variant({})
+    (folder / "onnx").mkdir()  # as in many a snapshot of the hub
+    (folder / "onnx" / "model.onnx").write_bytes(b"0")
+    run_here(tmp_path / "run", *_random_model(folder, tmp_path), "loop.on_empty=skip")
+    rounds = read_rounds(tmp_path / "run")
+    assert [line["round"] for line in rounds] == [0, 1, 2]
+    assert "round 2: none of 64 samples is correct" in caplog.text
+    assert [line["train_sample/accept_rate"] for line in rounds[1:]] == [0, 0]
+    assert "sft/loss" not in rounds[1]
+    assert [line["id/acc"] for line in rounds] == [rounds[0]["id/acc"]] * 3
+    written, own = read_weights(tmp_path / "run" / "rounds" / "02" / "model"), read_weights(folder)
+    assert all(torch.equal(written[name], own[name]) for name in own)
+    # the user's own file stays the user's own: what is done to the run folder does not reach it
+    placed = (tmp_path / "run" / "rounds" / "01" / "model" / "model.safetensors").stat()
+    assert placed.st_ino != (folder / "model.safetensors").stat().st_ino
+
+
+def test_a_model_that_cannot_be_used_is_said(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match=r"model\.path: .*nowhere is neither a folder nor"):
+        run_here(tmp_path / "bad", "model=hf", "model.path=./nowhere", f"store.dir={tmp_path / 'store'}")
+    with pytest.raises(PolicyError, match=r"the model has 256; lower sampler\.max_new_tokens"):
+        run_here(tmp_path / "long", *_random_model(tiny_folder, tmp_path)[:-1], "sampler.max_new_tokens=300")
+
+
+# --- W&B -----------------------------------------------------------------------------------------------------------
+
+
+class FakeRun:
+    """What our tracker uses of a W&B run, written down."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, Any]] = []
+        self.axes: dict[str, str | None] = {}
+        self.summary: dict[str, Any] = {}
+        self.exit_code: int | None = None
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, row: dict[str, Any]) -> None:
+        assert self.exit_code is None
+        self.logged.append(row)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+@pytest.fixture
+def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], FakeRun]]:
+    import wandb
+
+    runs: list[tuple[dict[str, Any], FakeRun]] = []
+
+    def init(**settings: Any) -> FakeRun:
+        runs.append((settings, FakeRun()))
+        return runs[-1][1]
+
+    monkeypatch.setattr(wandb, "init", init)
+    return runs
+
+
+def test_wandb_gets_config_and_figures_on_axes_of_our_own(
+    cold: Path, tmp_path: Path, wandb_runs: list[tuple[dict[str, Any], FakeRun]]
+) -> None:
+    cfg = check(compose_config(*SMALL, _beside(cold), "logger=wandb"))
+    cli.start(cfg, tmp_path, [])
+    ((settings, run),) = wandb_runs
+    assert settings["mode"] == "offline"
+    assert settings["dir"] == tmp_path
+    assert settings["config"]["merge"]["ratio"] == 0.5
+    assert settings["config"]["task"]["family"] == "find"
+    assert run.axes["*"] == "round"
+    assert run.axes["sft/epoch_loss"] == "sft/epoch"
+    rounds = read_rounds(cold)
+    assert [row for row in run.logged if "id/acc" in row] == rounds
+    curve = [(row["round"], row["sft/epoch"]) for row in run.logged if "sft/epoch_loss" in row]
+    assert curve == [(1, 1), (1, 2), (2, 3), (2, 4)]  # two epochs a round, replayed from the store as well
+    assert run.summary["id/acc"] == rounds[-1]["id/acc"]
+    assert run.exit_code == 0
+
+
+def test_wandb_is_told_of_a_failure(
+    tiny_folder: Path, tmp_path: Path, wandb_runs: list[tuple[dict[str, Any], FakeRun]]
+) -> None:
+    cfg = check(compose_config(*SMALL, *_random_model(tiny_folder, tmp_path), "logger=wandb"))
+    with pytest.raises(EmptyRound):
+        cli.start(cfg, tmp_path, [])
+    assert wandb_runs[0][1].exit_code == 1
+
+
+def test_a_wandb_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cfg = check(compose_config("logger=wandb", f"logger.dir={tmp_path / 'file' / 'below'}"))
+    with pytest.raises(TrackingError, match=r"logger\.dir: cannot make .*file/below"):
+        cli.make_tracker(cfg, tmp_path)
+
+
+def test_wandb_that_does_not_start_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    def init(**_: Any) -> None:
+        raise wandb.Error("no API key configured")
+
+    monkeypatch.setattr(wandb, "init", init)
+    settings = {"project": "p", "entity": None, "mode": "online", "group": None, "dir": None}
+    with pytest.raises(TrackingError, match=r"W&B did not start \(no API key configured\); logger\.mode=offline"):
+        WandbTracker(settings, tmp_path, "n", "g", {})
+
+
+def test_jsonl_needs_no_tracker(tmp_path: Path) -> None:
+    assert isinstance(cli.make_tracker(check(compose_config()), tmp_path), tracking.NullTracker)

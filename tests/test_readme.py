@@ -1,0 +1,52 @@
+"""The README's commands: each `itermerge` line composes and passes the checks of a real start, each `make` target is
+in the Makefile, each file it names is there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from itermerge.config import check, conf_dir
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = [shlex.split(line.split(" # ")[0])[1:] for line in re.findall(r"^    (itermerge(?: .*)?)$", README, re.M)]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_command_composes(words: list[str]) -> None:
+    overrides = [w for w in words if not w.startswith("-") and w != "job"]
+    if "--config-dir" in words:
+        pytest.fail("give commands with a folder of the user's own inline, not as an example block")
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    for override in parsed:
+        values = (
+            list(override.sweep_string_iterator()) if override.is_sweep_override() else [override.get_value_string()]
+        )
+        others = [o.input_line or "" for o in parsed if o is not override and not o.is_sweep_override()]
+        for value in values:
+            with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+                check(compose("config", [*others, f"{override.key_or_group}={value}"]))
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^    make (\w+)", README, re.M)) | set(re.findall(r"`make (\w+)", README))
+    assert {"demo", "test", "smollm2"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"\]\(([^)h#][^)]*)\)|`(src/[\w/.]+)`", README):
+        path = name[0] or name[1]
+        assert (ROOT / path).exists(), path

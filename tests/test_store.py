@@ -1,0 +1,287 @@
+"""The store: computed once, found again, never half-written, never served damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from itermerge import policy, store
+from itermerge.store import Artifact, Store, StoreError, place
+
+ENVIRONMENT = {"torch": "2.0", "threads": 1}
+INPUTS = {"model": "abc", "how": {"n": 4, "dtype": "float32"}, "seed": 7}
+
+
+class Compute:
+    """Writes two files and counts how often it ran."""
+
+    def __init__(self, text: str = "hello") -> None:
+        self.text, self.runs = text, 0
+
+    def __call__(self, folder: Path) -> Mapping[str, Any]:
+        self.runs += 1
+        (folder / "out.txt").write_text(self.text)
+        (folder / "sub").mkdir()
+        (folder / "sub" / "more.bin").write_bytes(b"\x00\x01")
+        return {"length": len(self.text)}
+
+
+def _stage(at: Store, compute: Callable[[Path], Mapping[str, Any]], name: str = "s", **changes: Any) -> Artifact:
+    modules = changes.pop("modules", ("store.py",))
+    return at.stage(name, {**INPUTS, **changes}, compute, modules=modules)
+
+
+def _files(root: Path) -> list[Path]:
+    return [f for f in root.rglob("*") if f.is_file()]
+
+
+def test_computed_once_then_found_by_another_store(tmp_path: Path) -> None:
+    compute = Compute()
+    first, second = Store(tmp_path, ENVIRONMENT), Store(tmp_path, ENVIRONMENT)
+    made, found = _stage(first, compute), _stage(second, compute)
+    assert compute.runs == 1
+    assert found == made
+    assert found.digest == made.digest
+    assert made.facts == {"length": 5}
+    assert set(made.files) == {"out.txt", "sub/more.bin"}
+    assert (found.folder / "out.txt").read_text() == "hello"
+    assert (first.tally.computed, first.tally.reused) == ({"s": 1}, {})
+    assert (second.tally.computed, second.tally.reused) == ({}, {"s": 1})
+    assert second.tally.seconds_saved > 0
+    manifest = json.loads((made.folder / "manifest.json").read_text())
+    assert manifest["inputs"] == {
+        "stage": "s", "source": store.source_digest(("store.py",)), "environment": ENVIRONMENT, **INPUTS
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "abd"}, {"how": {"n": 5, "dtype": "float32"}}, {"how": {"n": 4, "dtype": "bfloat16"}}, {"seed": 8},
+        {"more": None}, {"name": "other"}, {"modules": ("store.py", "sft.py")},
+    ],
+)  # fmt: skip
+def test_every_part_of_the_key_counts(changes: dict[str, Any], tmp_path: Path) -> None:
+    compute, at = Compute(), Store(tmp_path, ENVIRONMENT)
+    keys = {_stage(at, compute).key, _stage(at, compute, **changes).key}
+    assert (compute.runs, len(keys)) == (2, 2)
+
+
+@pytest.mark.parametrize("changed", [{"torch": "2.1"}, {"threads": 2}])
+def test_the_environment_is_part_of_the_key(changed: dict[str, Any], tmp_path: Path) -> None:
+    one, two = Store(tmp_path, ENVIRONMENT), Store(tmp_path, {**ENVIRONMENT, **changed})
+    assert _stage(one, Compute()).key != _stage(two, Compute()).key
+
+
+def test_the_order_of_inputs_is_no_part_of_the_key(tmp_path: Path) -> None:
+    at = Store(tmp_path, dict(reversed(ENVIRONMENT.items())))
+    other = Store(tmp_path, ENVIRONMENT).stage(
+        "s", dict(reversed(INPUTS.items())), Compute(), modules=("store.py",)
+    )  # fmt: skip
+    assert _stage(at, Compute()).key == other.key
+
+
+def test_source_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "SOURCE", tmp_path)
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack" / "a.py").write_text("a = 1")
+    (tmp_path / "b.py").write_text("b = 1")
+    digests = []
+    for file, text in ((None, ""), ("pack/a.py", "a = 2"), ("b.py", "b = 2"), ("pack/new.py", "")):
+        if file:
+            (tmp_path / file).write_text(text)
+        store.source_digest.cache_clear()
+        digests.append(store.source_digest(("pack", "b.py")))
+    store.source_digest.cache_clear()
+    assert len(set(digests)) == 4
+
+
+def test_real_environment_names_what_floats_depend_on() -> None:
+    got = store.environment("cpu", 1)
+    assert got["torch"] == torch.__version__.split("+")[0] or got["torch"] == torch.__version__
+    assert {"transformers", "tokenizers", "device", "device_name", "cpu_capability", "threads"} <= got.keys()
+    assert store.environment("cpu", 2) != got
+
+
+@given(st.integers(0, 6), st.integers(1, 255))
+def test_a_flipped_byte_is_never_served(at: int, flip: int) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as root:
+        compute, one = Compute("hello"), Store(Path(root), ENVIRONMENT)
+        made = _stage(one, compute)
+        file = made.folder / ("out.txt" if at < 5 else "sub/more.bin")
+        content = bytearray(file.read_bytes())
+        content[at if at < 5 else at - 5] ^= flip
+        file.chmod(0o644)
+        file.write_bytes(bytes(content))
+        again = _stage(one, compute)
+        assert compute.runs == 2
+        assert again == made
+        assert (again.folder / "out.txt").read_text() == "hello"
+
+
+def _drop_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def _cut_manifest(folder: Path) -> None:
+    (folder / "manifest.json").chmod(0o644)
+    (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:-20])
+
+
+def _drop_file(folder: Path) -> None:
+    (folder / "out.txt").unlink()
+
+
+def _cut_file(folder: Path) -> None:
+    (folder / "out.txt").chmod(0o644)
+    (folder / "out.txt").write_text("")
+
+
+def _change_facts(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").chmod(0o644)
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "facts": {"length": 6}}))
+
+
+@pytest.mark.parametrize("damage", [_drop_manifest, _cut_manifest, _drop_file, _cut_file, _change_facts])
+def test_a_damaged_artifact_is_said_and_computed_again(
+    damage: Callable[[Path], None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compute, at = Compute(), Store(tmp_path, ENVIRONMENT)
+    made = _stage(at, compute)
+    damage(made.folder)
+    with caplog.at_level(logging.WARNING):
+        again = _stage(at, compute)
+    assert again == made
+    assert compute.runs == 2
+    assert "damaged artifact" in caplog.text
+    assert str(made.folder) in caplog.text
+    assert "computing it again" in caplog.text
+
+
+def test_a_lost_duration_is_no_damage(tmp_path: Path) -> None:
+    """timing.json is no part of the result, so neither its loss nor its content may end a run."""
+    compute, at = Compute(), Store(tmp_path, ENVIRONMENT)
+    made = _stage(at, compute)
+    (made.folder / "timing.json").unlink()
+    assert _stage(at, compute).facts == made.facts
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt(), SystemExit(1)])
+def test_a_failing_stage_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
+    def fails(folder: Path) -> Mapping[str, Any]:
+        (folder / "out.txt").write_text("half")
+        raise error
+
+    at = Store(tmp_path, ENVIRONMENT)
+    with pytest.raises(type(error)):
+        _stage(at, fails)
+    assert _files(tmp_path) == []
+    assert at.tally.computed == {}
+    assert _stage(at, Compute()).facts == {"length": 5}
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said(code: int, tmp_path: Path) -> None:
+    def fails(folder: Path) -> Mapping[str, Any]:
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(StoreError, match=r"the disk is full: stage 's' .*run the same command again") as caught:
+        _stage(Store(tmp_path, ENVIRONMENT), fails)
+    assert str(tmp_path) in str(caught.value)
+    assert _files(tmp_path) == []
+
+
+def test_a_disk_that_fills_while_weights_are_written_is_said(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """safetensors reports it by an error of its own, which is no OSError (seen on a full tmpfs)."""
+
+    def full(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    def writes(folder: Path) -> Mapping[str, Any]:
+        policy.write_folder(folder, {"w": torch.zeros(1)}, tiny_folder)
+        return {}
+
+    monkeypatch.setattr(policy, "save_file", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        _stage(Store(tmp_path, ENVIRONMENT), writes)
+
+
+def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:
+    def fails(folder: Path) -> Mapping[str, Any]:
+        return {"text": (folder / "nowhere").read_text()}
+
+    with pytest.raises(FileNotFoundError):
+        _stage(Store(tmp_path, ENVIRONMENT), fails)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"store\.dir: cannot write to .*file/below .*another store\.dir, or store=no"):
+        Store(tmp_path / "file" / "below", ENVIRONMENT)
+
+
+def test_files_are_read_only(tmp_path: Path) -> None:
+    made = _stage(Store(tmp_path, ENVIRONMENT), Compute())
+    for name in (*made.files, "manifest.json"):
+        assert stat.S_IMODE((made.folder / name).stat().st_mode) == 0o444
+
+
+def test_what_another_process_finished_meanwhile_stays_in_place(tmp_path: Path) -> None:
+    """That process may be reading it: the same bytes must not be taken away under its hands."""
+    other = _stage(Store(tmp_path / "other", ENVIRONMENT), Compute())
+    theirs = tmp_path / "mine" / other.folder.relative_to(tmp_path / "other")
+
+    def slow(folder: Path) -> Mapping[str, Any]:
+        shutil.copytree(other.folder, theirs)
+        return Compute()(folder)
+
+    got = _stage(Store(tmp_path / "mine", ENVIRONMENT), slow)
+    copied = {f: f.stat().st_ino for f in _files(theirs)}
+    assert (got.folder, got.files) == (theirs, other.files)
+    assert [f.name for f in theirs.parent.iterdir()] == [theirs.name]  # no leftovers
+    # copytree keeps the times of files, a new artifact has new ones
+    assert (theirs / "out.txt").stat().st_mtime_ns == (other.folder / "out.txt").stat().st_mtime_ns
+    assert copied
+
+
+# --- place ---------------------------------------------------------------------------------------------------------
+
+
+def test_place_links(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("new")
+    target = tmp_path / "deep" / "b"
+    target.parent.mkdir()
+    target.write_text("old")
+    place(tmp_path / "a", target)
+    assert target.read_text() == "new"
+    assert target.stat().st_ino == (tmp_path / "a").stat().st_ino
+
+
+def test_place_copies_where_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "a").write_text("new")
+    place(tmp_path / "a", tmp_path / "x" / "y" / "b")
+    assert (tmp_path / "x" / "y" / "b").read_text() == "new"
+    assert (tmp_path / "x" / "y" / "b").stat().st_ino != (tmp_path / "a").stat().st_ino
+    assert len(_files(tmp_path / "x")) == 1
