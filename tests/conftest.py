@@ -103,7 +103,7 @@ def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subpro
 def itermerge(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """`itermerge` run to its end in another process."""
     started = command(*words, cwd=cwd, env=env)
-    out, err = started.communicate(timeout=180)
+    out, err = started.communicate(timeout=600)  # a busy machine imports torch slowly
     return subprocess.CompletedProcess(words, started.returncode, out, err)
 
 

@@ -18,10 +18,12 @@ from itermerge.config import ConfigError, check
 class CheckedSweeper(BasicSweeper):
     """Hydra's basic sweeper, with every job's config checked before the first job, and a summary at the end."""
 
-    def validate_batch_is_composable(self, batch: Sequence[Sequence[str]]) -> None:
-        loader: Any = vars(self)["config_loader"]  # BasicSweeper.setup sets it
+    def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
+        assert self.hydra_context is not None
+        loader = self.hydra_context.config_loader
         assert self.config is not None
-        for overrides in batch:
+        jobs = [job for jobs in self.overrides or [] for job in jobs] if self.batch_index == 1 else batch
+        for overrides in jobs:
             try:
                 composed = loader.load_sweep_config(self.config, list(overrides))
                 with_job = OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"])

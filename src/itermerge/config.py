@@ -22,9 +22,12 @@ class ConfigError(ValueError):
     """A config that cannot be run; the message names the key."""
 
 
-def knob(*, ge: float | None = None, gt: float | None = None, le: float | None = None, among: tuple = ()) -> Any:
+def knob(
+    *, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None,
+    among: tuple = (),
+) -> Any:  # fmt: skip
     """A required field with a range or a set of values."""
-    return field(default=MISSING, metadata={"ge": ge, "gt": gt, "le": le, "among": among})
+    return field(default=MISSING, metadata={"ge": ge, "gt": gt, "le": le, "lt": lt, "among": among})
 
 
 @dataclass
@@ -114,8 +117,8 @@ class Sft:
     schedule: str = knob(among=("constant", "linear", "cosine"))
     warmup_ratio: float = knob(ge=0, le=1)
     weight_decay: float = knob(ge=0)
-    beta1: float = knob(ge=0, le=1)
-    beta2: float = knob(ge=0, le=1)
+    beta1: float = knob(ge=0, lt=1)
+    beta2: float = knob(ge=0, lt=1)
     max_length: int = knob(ge=2)  # tokens of a prompt and its completion
     start: str = knob(among=("merged", "base", "tuned"))
     data: str = knob(among=("replace", "accumulate"))
@@ -342,6 +345,7 @@ def _check_ranges(node: Any, at: str) -> None:
             ("ge", "at least", lambda v, x: v >= x),
             ("gt", "above", lambda v, x: v > x),
             ("le", "at most", lambda v, x: v <= x),
+            ("lt", "below", lambda v, x: v < x),
         ):
             if limits.get(name) is not None and not ok(value, limits[name]):  # NaN fails every comparison
                 raise ConfigError(f"{key}: must be {text} {limits[name]}, got {value}")
@@ -358,6 +362,15 @@ def _cross_checks(root: Root) -> None:
             raise ConfigError(f"merge.every_n_epochs: must be a whole number from 1, or last; got {every!r}")
     if not root.suite.near and not root.suite.far:
         raise ConfigError("suite.near, suite.far: at least one OOD task is needed")
+    from .tasks.lab import FAMILIES
+
+    for key, task in {
+        "task": root.task,
+        **{f"suite.near[{i}]": t for i, t in enumerate(root.suite.near)},
+        **{f"suite.far[{i}]": t for i, t in enumerate(root.suite.far)},
+    }.items():
+        if isinstance(task, TaskLab) and task.family not in FAMILIES:
+            raise ConfigError(f"{key}.family: {task.family!r} is none of {', '.join(FAMILIES)}")
     labels = [label(t) for t in (root.task, *root.suite.near, *root.suite.far)]
     if twice := sorted({name for name in labels if labels.count(name) > 1}):
         raise ConfigError(f"task, suite.near, suite.far: {', '.join(twice)} stands there more than once")

@@ -81,7 +81,7 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     p, z2 = correct / n, Z95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

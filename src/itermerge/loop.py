@@ -45,7 +45,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
             anchor = Anchor(bench, getattr(cfg.merge, "anchor", "base"), history)
             samples = bench.verify(bench.sample(history[-1], t), t)
             solutions = list(stages.read_lines(samples.folder / "examples.jsonl"))
-            if not solutions and on_empty(cfg, t, samples):
+            if not solutions and on_empty(cfg, t, samples, folder):
                 history.append(history[-1])
                 record.write(
                     bench,
@@ -73,16 +73,21 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
 
 def unique(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The examples without repeats, first ones first."""
-    return list({(e["id"], e["completion"]): e for e in reversed(examples)}.values())[::-1]
+    first: dict[tuple[str, str], dict[str, Any]] = {}
+    for example in examples:
+        first.setdefault((example["id"], example["completion"]), example)
+    return list(first.values())
 
 
-def on_empty(cfg: Root, number: int, samples: Artifact) -> bool:
+def on_empty(cfg: Root, number: int, samples: Artifact, folder: Path) -> bool:
     """True when a round without correct solutions is to be skipped; else raises EmptyRound with the counts."""
     counts = ", ".join(f"{n} {reason}" for reason, n in samples.facts["reasons"].items() if n)
     said = f"round {number}: none of {samples.facts['samples']} samples is correct ({counts})"
     if cfg.loop.on_empty == "skip":
         log.warning("%s; the round is skipped (loop.on_empty=skip)", said)
         return True
+    where = folder / "rounds" / f"{number:02d}" / "samples.jsonl"
+    place(samples.folder / "samples.jsonl", where)
     raise EmptyRound(
         f"{said}. Take an easier task, raise sampler.n, or look at the samples in rounds/{number:02d}/samples.jsonl; "
         "loop.on_empty=skip goes on with the same model"
@@ -131,8 +136,8 @@ class RunRecord:
                 place(artifact.folder / name, folder / name)
         if number:
             for file in sorted(merged.model.folder.iterdir()):
-                if file.name not in ("manifest.json", "timing.json"):
-                    place(file, folder / "model" / file.name)
+                if file.is_file() and file.name not in ("manifest.json", "timing.json"):
+                    place(file, folder / "model" / file.name, link=merged.model.folder != bench.base.folder)
         self.rounds.append(metrics)
         self.file.add(number, metrics)
         (folder / "round.json").write_text(

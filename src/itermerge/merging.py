@@ -25,7 +25,10 @@ class MergeError(ValueError):
 
 
 def linear(anchor: Tensor, tuned: Tensor, ratio: float) -> Tensor:
-    """(1 - ratio) anchor + ratio tuned, by one fused lerp: exact at 0 (the anchor) and at 1 (2203.05482)."""
+    """(1 - ratio) anchor + ratio tuned, by one fused lerp; bit for bit the anchor at 0, the tuned tensor at 1
+    (2203.05482)."""
+    if ratio in (0, 1):  # a lerp would lose the sign of a zero, and overflow for very large differences
+        return (tuned if ratio == 1 else anchor).clone()
     return torch.lerp(anchor, tuned, ratio)
 
 

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -91,7 +92,8 @@ class Store:
         found = self._find(folder, key)
         if found is not None:
             self._count(name, self.tally.reused, 0.0, started)
-            self.tally.seconds_saved += json.loads((folder / "timing.json").read_text())["seconds"]
+            with suppress(OSError, ValueError, KeyError):  # a lost duration is no damage
+                self.tally.seconds_saved += json.loads((folder / "timing.json").read_text())["seconds"]
             return found
         work = folder.with_name(f"{key}.tmp{os.getpid()}")
         shutil.rmtree(work, ignore_errors=True)
@@ -124,6 +126,8 @@ class Store:
         problem = None
         try:
             manifest = json.loads((folder / MANIFEST).read_text())
+            if manifest.pop("digest") != _digest_manifest(manifest):
+                raise ValueError(f"{MANIFEST} does not match its digest")
             for name, digest in manifest["files"].items():
                 if file_digest(folder / name) != digest:
                     problem = f"{name} does not match its digest"
@@ -142,7 +146,8 @@ class Store:
         files = sorted(str(f.relative_to(work)) for f in work.rglob("*") if f.is_file())
         digests = {name: file_digest(work / name) for name in files}
         (work / "timing.json").write_text(json.dumps({"seconds": seconds}))
-        (work / MANIFEST).write_text(json.dumps({"key": key, "files": digests, "facts": facts, "inputs": what}))
+        manifest = {"key": key, "files": digests, "facts": facts, "inputs": what}
+        (work / MANIFEST).write_text(json.dumps({**manifest, "digest": _digest_manifest(manifest)}))
         for name in [*files, MANIFEST]:
             (work / name).chmod(0o444)
         try:
@@ -154,16 +159,25 @@ class Store:
         return Artifact(folder, key, facts, digests)
 
 
+def _digest_manifest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def is_disk_full(error: Exception) -> bool:
     """Whether an error says that no space is left (safetensors says it in words, without an errno)."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
-def place(source: Path, target: Path) -> None:
-    """Puts a file of an artifact into a run folder: a hard link where the file system allows, else a copy."""
+def place(source: Path, target: Path, link: bool = True) -> None:
+    """Puts a file into a run folder: a hard link where it may be one and the file system allows, else a copy.
+
+    Files of artifacts are read-only and may be linked; a user's own model may not.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:
+        if not link:
+            raise OSError
         os.link(source, target)
     except OSError:
         partial = target.with_name(target.name + ".tmp")
