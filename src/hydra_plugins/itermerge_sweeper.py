@@ -26,7 +26,7 @@ class CheckedSweeper(BasicSweeper):
         for overrides in jobs:
             try:
                 composed = loader.load_sweep_config(self.config, list(overrides))
-                with_job = OmegaConf.masked_copy(composed, [k for k in composed if k != "hydra"])
+                with_job = OmegaConf.masked_copy(composed, [str(k) for k in composed if k != "hydra"])
                 check(with_job)
             except (ConfigError, HydraException) as error:
                 cli.die(f"job {' '.join(overrides)}: {error}")
