@@ -13,7 +13,7 @@ from .policy import Weights, check_same_tensors
 _KINDS = (
     ("qkv", r"c_attn|query_key_value|qkv_proj|Wqkv"),
     ("q", r"q_proj|query"), ("k", r"k_proj|key"), ("v", r"v_proj|value"), 
-    ("o", r"o_proj|self_attn\.dense|attention\.dense|attn\.c_proj"),
+    ("o", r"o_proj|self_attn\.dense|attention\.dense|attn\.c_proj|out_proj"),
     ("gate", r"gate_proj"), ("up", r"up_proj|dense_h_to_4h|mlp\.c_fc|fc1"),
     ("down", r"down_proj|dense_4h_to_h|mlp\.c_proj|fc2"),
     ("norms", r"norm|ln_\w+"),

@@ -362,6 +362,10 @@ def _cross_checks(root: Root) -> None:
             raise ConfigError(f"merge.every_n_epochs: must be a whole number from 1, or last; got {every!r}")
     if not root.suite.near and not root.suite.far:
         raise ConfigError("suite.near, suite.far: at least one OOD task is needed")
+    if root.suite.pass_k_n > root.task.n_validation:
+        raise ConfigError(
+            f"suite.pass_k_n: {root.suite.pass_k_n} problems, task.n_validation has only {root.task.n_validation}"
+        )
     from .tasks.lab import FAMILIES
 
     for key, task in {

@@ -156,6 +156,8 @@ class Store:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             log.info("stage %s was made by another run at the same time; that one is kept", folder.parent.parent.name)
+            if theirs := self._find(folder, key):
+                return theirs
         return Artifact(folder, key, facts, digests)
 
 

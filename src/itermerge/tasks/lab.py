@@ -146,13 +146,15 @@ def draw(family: str, part: Part, n: int, *seed: object) -> list[Worked]:
     """`n` different questions of `part`. Raises TaskError when the family has too few."""
     rng = random.Random(derive_seed("lab", family, part, *seed))
     found: dict[str, Worked] = {}
-    for _ in range(1000 + 100 * n):
-        if len(found) == n:
-            break
+    barren = 0  # tries since the last new question
+    while len(found) < n and barren < 20_000:
+        barren += 1
         worked = FAMILIES[family](rng)
         if part_of(worked.text) == part:
+            if worked.text not in found:
+                barren = 0
             found.setdefault(worked.text, worked)
-    else:
+    if len(found) < n:
         raise TaskError(f"lab family {family!r} has only about {len(found)} {part} problems, {n} were asked for")
     return list(found.values())
 
