@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import SMALL, command, deterministic_set, itermerge, run_here
 
 
@@ -228,6 +229,11 @@ def test_all_jobs_are_checked_before_the_first_one(second: str, message: str, tm
         (["+merge.ratoi=0.2"], "error: merge.ratoi: there is no such key; did you mean merge.ratio?"),
         (["optimized_metric=acc"], "error: optimized_metric: 'acc' is none of "),
         (["store.dir=/dev/null/x"], "error: store.dir: cannot write to /dev/null/x"),
+        pytest.param(
+            ["trainer.accelerator=gpu"],
+            "error: trainer.accelerator: gpu was asked for, and torch finds none",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["model.seed=77"], "make it with: itermerge experiment=pretrain_lab model.seed=77"),
         (["logger=wandb", "logger.dir=/dev/null/x"], "error: logger.dir: cannot make /dev/null/x"),
     ],

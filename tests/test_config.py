@@ -83,6 +83,7 @@ BAD = [
     (["seed=-1"], r"^seed: must be at least 0"),
     (["sft.lr=0"], r"^sft\.lr: must be above 0"),
     (["sft.warmup_ratio=2"], r"^sft\.warmup_ratio: must be at most 1"),
+    (["suite.pass_k_n=201"], r"^suite\.pass_k_n: 201 problems, task\.n_validation has only 200"),
     (["sft.beta1=1"], r"^sft\.beta1: must be below 1, got 1"),
     (["sft.beta2=1.0"], r"^sft\.beta2: must be below 1, got 1"),
     (["sampler.temperature=0"], r"^sampler\.temperature: must be above 0"),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import analysis, evaluation, merging
-from .config import MergeLinear, ModelLab, Root, TaskLab, label
+from .config import ConfigError, MergeLinear, ModelLab, Root, TaskLab, label
 from .evaluation import Exam
 from .policy import Policy, Weights, digest_weights, read_weights, resolve, write_folder
 from .sft import Example, FitSpec, SftError, fit
@@ -84,7 +84,7 @@ def task_key(spec: Any) -> dict[str, Any]:
 def device_of(accelerator: str) -> str:
     if accelerator == "cpu" or not torch.cuda.is_available():
         if accelerator == "gpu":
-            raise ValueError("trainer.accelerator: gpu was asked for, and torch finds none")
+            raise ConfigError("trainer.accelerator: gpu was asked for, and torch finds none; use auto or cpu")
         return "cpu"
     return "cuda"
 
