@@ -24,7 +24,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 Weights = Mapping[str, Tensor]
 WEIGHTS_FILE = "model.safetensors"
-_NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".md", ".gitattributes")
+_NOT_COPIED = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".md",
+    ".gitattributes",
+    "recipe.json",
+)
 
 
 class PolicyError(ValueError):
@@ -167,7 +177,8 @@ def digest_weights(weights: Weights) -> str:
 
 
 def write_folder(folder: Path, weights: Weights, like: Path) -> None:
-    """A Hugging Face folder in float32: `weights` as safetensors, every other file of `like` byte for byte.
+    """A Hugging Face folder in float32: `weights` as safetensors, the other files of `like` byte for byte (not its card
+    and recipe, which describe other weights).
 
     Deterministic bytes: the metadata is exactly {format: pt}, since several keys come out in a different order in each
     process.

@@ -104,6 +104,3 @@ def pretrain(
 def steps(recipe: Mapping[str, Any], spec: FitSpec) -> int:
     """Optimizer steps of the recipe."""
     return sum(math.ceil(phase["examples"] / spec.batch_size) * spec.epochs for phase in recipe["phases"].values())
-
-
-__all__ = ["FAMILIES", "corpus", "model", "pretrain", "steps", "tokenizer"]
