@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from itermerge import evaluation
+from itermerge.decoding import Completion
 from itermerge.evaluation import Exam, count_reasons, greedy_scores, majority, mean_interval, metrics, pass_at_k, wilson
-from itermerge.policy import Completion
 from itermerge.tasks import Problem, Split, Verdict, derive_seed
 
 

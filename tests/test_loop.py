@@ -14,9 +14,11 @@ from conftest import SMALL, compose_config, deterministic_set, read_rounds, run_
 import itermerge
 from itermerge import cli, loop, sft, stages, tracking
 from itermerge.config import check
-from itermerge.policy import PolicyError, complete, read_weights
+from itermerge.decoding import complete
+from itermerge.policy import PolicyError, read_weights
 from itermerge.sft import SftError
 from itermerge.stages import EmptyRound
+from itermerge.tasks import TaskError
 from itermerge.tracking import TrackingError, WandbTracker
 
 STAGES = {"evaluate": 5, "held_out": 3, "sample": 2, "verify": 2, "fit": 2, "merge": 2, "analyze": 2}  # 2 rounds
@@ -321,8 +323,26 @@ def test_an_empty_round_is_skipped_when_asked(
 def test_a_model_that_cannot_be_used_is_said(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match=r"model\.path: .*nowhere is neither a folder nor"):
         run_here(tmp_path / "bad", "model=hf", "model.path=./nowhere", f"store.dir={tmp_path / 'store'}")
-    with pytest.raises(PolicyError, match=r"the model has 256; lower sampler\.max_new_tokens"):
-        run_here(tmp_path / "long", *_random_model(tiny_folder, tmp_path)[:-1], "sampler.max_new_tokens=300")
+
+
+def test_prompts_that_leave_no_room_are_refused_before_the_first_stage(tiny_folder: Path, tmp_path: Path) -> None:
+    # find has prompts of up to 14 characters: 14 + 243 = 257 positions, the model has 256
+    with pytest.raises(TaskError, match=r"task 'find': its longest prompt has 14 tokens .* is 243, .* context of 256"):
+        run_here(tmp_path / "long", *_random_model(tiny_folder, tmp_path)[:-1], "sampler.max_new_tokens=243")
+    with pytest.raises(TaskError, match=r"its longest training prompt has 14 tokens, sft\.max_length is 14"):
+        run_here(tmp_path / "short", *_random_model(tiny_folder, tmp_path)[:-1], "sft.max_length=14")
+    assert not list(tmp_path.glob("*/rounds*"))
+
+
+@pytest.mark.parametrize(("accuracy", "said"), [(0.0, "nothing to learn from"), (1.0, "nothing to gain"), (0.5, "")])
+def test_a_base_that_cannot_show_anything_is_said(accuracy: float, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    base = {"val/id/acc": accuracy, "ood/a/acc": 0.5, "ood/a/acc_low": 0.4, "ood/a/majority": 0.3}
+    at_floor = {"ood/b/acc": 0.35, "ood/b/acc_low": 0.28, "ood/b/majority": 0.3}
+    loop.look_at_base(base)
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
+    loop.look_at_base(base | at_floor)
+    assert "majority baseline (accuracy, baseline): b 35 (30)" in caplog.text
 
 
 # --- W&B -----------------------------------------------------------------------------------------------------------

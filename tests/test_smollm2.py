@@ -129,7 +129,8 @@ def fake_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("fake_download")
 def test_a_gguf_file_becomes_a_policy(tmp_path: Path) -> None:
-    from itermerge.policy import Policy, complete, read_weights
+    from itermerge.decoding import complete
+    from itermerge.policy import Policy, read_weights
 
     folder = smollm2.bring(tmp_path / "models" / "m")
     assert smollm2.is_whole(folder)

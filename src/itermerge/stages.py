@@ -25,7 +25,7 @@ from .store import Artifact, Store, file_digest
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
 from .tracking import progress
 
-SAMPLING = ("policy.py", "evaluation.py", "tasks/__init__.py")
+SAMPLING = ("policy.py", "decoding.py", "evaluation.py", "tasks/__init__.py")
 FITTING = ("policy.py", "sft.py", "merging.py", "tasks/__init__.py")
 LAB_SEED0 = Path(__file__).parent / "lab"
 VALIDATION_SEED = "validation"  # validation problems are the same in every run of a suite.seed
@@ -126,6 +126,26 @@ class Bench:
         self.base = Model(folder, self._digest(self.policy.weights()))
         self.base_weights = {k: v.to("cpu").clone() for k, v in self.policy.weights().items()}
         self.loaded = self.base.digest
+        self._check_lengths(first)
+
+    def _check_lengths(self, first: Sequence[Problem]) -> None:
+        """Raises TaskError, naming the task, when its prompts leave no room for an answer."""
+        new, context = self.cfg.sampler.max_new_tokens, self.policy.context
+        for exam in (*self.exams, Exam(f"train/{self.task.name}", self.task, first)):
+            longest = max(len(self.policy.encode_prompt(p.prompt)) for p in exam.problems)
+            if longest + new > context:
+                raise TaskError(
+                    f"task {exam.label!r}: its longest prompt has {longest} tokens and sampler.max_new_tokens is "
+                    f"{new}, together more than the model's context of {context}; lower the task's shots, or "
+                    "sampler.max_new_tokens"
+                )
+        longest = max(len(self.policy.encode_prompt(p.train_prompt)) for p in first)
+        if longest >= min(self.cfg.sft.max_length, context):
+            raise TaskError(
+                f"task {self.task.name!r}: its longest training prompt has {longest} tokens, sft.max_length is "
+                f"{self.cfg.sft.max_length} and the model's context {context}; lower task.train_shots, or raise "
+                "sft.max_length"
+            )
 
     # --- the verbs ---------------------------------------------------------------------------------------------
 
@@ -288,8 +308,8 @@ class Bench:
         return self.store.stage("evaluate", inputs, compute, modules=self.sampling)
 
     def held_out_samples(self, model: Model, number: int) -> Artifact:
-        """held_out.json: (samples, correct, distinct, distinct correct) for each of the first `suite.pass_k_n`
-        validation problems, with the same draws every round."""
+        """held_out.json: (samples, correct, distinct, distinct correct, nats of entropy, tokens) for each of the first
+        `suite.pass_k_n` validation problems, with the same random numbers every round."""
         cfg, problems = self.cfg, self.validation[: self.cfg.suite.pass_k_n]
         how = {**self._decode(), "temperature": cfg.sampler.temperature, "top_p": cfg.sampler.top_p}
         seed = derive_seed(cfg.suite.seed, "held_out")
@@ -303,7 +323,16 @@ class Bench:
             rows = []
             for p, cs in zip(problems, made, strict=True):
                 right = [c.text for c in cs if self.task.verify(p, c.text, c.finished).correct]
-                rows.append([len(cs), len(right), len({c.text for c in cs}), len(set(right))])
+                spread = round(sum(c.entropy for c in cs), 6)
+                row = [
+                    len(cs),
+                    len(right),
+                    len({c.text for c in cs}),
+                    len(set(right)),
+                    spread,
+                    sum(c.tokens for c in cs),
+                ]
+                rows.append(row)
             _write_json(folder / "held_out.json", rows)
             return {}
 
@@ -417,14 +446,29 @@ def _passes(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
 
 
 def held_out_metrics(artifact: Artifact) -> dict[str, float]:
-    """sample/pass@k, and the shares of different solutions among all and among the correct ones."""
-    rows: list[list[int]] = json.loads((artifact.folder / "held_out.json").read_text())
-    samples, right, distinct, distinct_right = (sum(r[i] for r in rows) for i in range(4))
-    return {
-        **{f"sample/pass@{k}": v for k, v in _passes([(r[0], r[1]) for r in rows]).items()},
-        "diversity/distinct": distinct / samples,
-        **({"diversity/distinct_correct": distinct_right / right} if right else {}),
+    """sample/pass@k, the shares of different solutions among all and among the correct ones, and the mean entropy of a
+    token, each with _low and _high (95%, problems resampled)."""
+    rows: list[list[float]] = json.loads((artifact.folder / "held_out.json").read_text())
+    samples, right, distinct, distinct_right, entropy, tokens = zip(*rows, strict=True)
+    ks = [k for k in (2**i for i in range(12)) if k <= min(samples)]
+    ratios: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+        **{
+            f"sample/pass@{k}": (
+                [evaluation.pass_at_k(int(n), int(c), k) for n, c in zip(samples, right, strict=True)],
+                [1.0] * len(rows),
+            )
+            for k in ks
+        },
+        "diversity/distinct": (distinct, samples),
+        "diversity/distinct_correct": (distinct_right, right),
+        "diversity/token_entropy": (entropy, tokens),
     }
+    out = {}
+    for name, (above, below) in ratios.items():
+        if sum(below):
+            value, low, high = evaluation.ratio_interval(above, below)
+            out.update({name: value, f"{name}_low": low, f"{name}_high": high})
+    return out
 
 
 def practice_metrics(facts: Mapping[str, Any]) -> dict[str, float]:

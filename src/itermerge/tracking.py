@@ -115,13 +115,30 @@ def progress(what: str, total: int) -> Iterator[Tick]:
         yield lambda n: bar.advance(task, n)
 
 
+def at_majority(base: Metrics) -> list[str]:
+    """The OOD tasks whose accuracy, for all that its interval says, is no better than always giving the commonest
+    answer: there is nothing to lose on them, and nothing to read from them."""
+    names = [name.split("/")[1] for name in base if name.startswith("ood/") and name.endswith("/majority")]
+    return [n for n in names if base[f"ood/{n}/acc_low"] <= base[f"ood/{n}/majority"]]
+
+
+def majority_note(base: Metrics) -> str:
+    """A line for the foot of a table, empty where no task is at its majority baseline."""
+    marked = [
+        f"{n} {100 * base[f'ood/{n}/acc']:.0f} ({100 * base[f'ood/{n}/majority']:.0f})" for n in at_majority(base)
+    ]
+    return f"base at the majority baseline (accuracy, baseline): {', '.join(marked)}" if marked else ""
+
+
 def round_table(title: str, rounds: Sequence[Metrics]) -> Table:
     """The rounds so far: ID and OOD accuracy in per cent with 95% intervals, and what was practised on."""
     table = Table(
         title=title,
         title_justify="left",
         padding=(0, 0),
-        caption="accuracy in %, 95% interval; solved: share of samples",
+        caption="\n".join(
+            filter(None, ["accuracy in %, 95% interval; solved: share of samples", majority_note(rounds[0])])
+        ),
         caption_justify="left",
     )
     for column in ("round", "ID", "OOD near", "OOD far", "OOD", "val", "solved", "drift"):

@@ -1,0 +1,265 @@
+"""Completions of a causal LM: greedy, or sampled with random numbers that belong to the sample and not to the batch.
+
+The random number behind a token is a hash of (key, position), a key for each sample: a completion does not depend on
+what else is in its batch, nor on the device. The loop is our own and not transformers' `generate`, whose fixed batches
+waste most of their work here: what all prompts of a call begin with is computed once, rows of equal length go
+together, the cache has room for the whole completion from the start, and rows that have ended leave the batch.
+`benchmarks/sampling.py` times both; greedy output is `generate`'s, token for token (tests).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from .policy import Policy, PolicyError
+
+LEAVE_AT = 0.75  # the batch is packed anew when so few of its rows are still alive
+SHARED_FROM = 8  # tokens that all prompts begin with, to compute them once
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote; `finished` is False when it ran into the token limit.
+
+    `entropy` is the sum over its tokens of the entropy (nats, temperature 1) of the distribution that each was drawn
+    from; 0 for greedy decoding.
+    """
+
+    text: str
+    finished: bool
+    tokens: int
+    entropy: float = field(default=0.0, compare=False)
+
+
+def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
+    """Numbers in [0, 1), one for each 64-bit key, by SplitMix64 of (key, position). Shape as `keys`, float64."""
+    with np.errstate(over="ignore"):
+        z = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(position + 1)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)) * 2.0**-53
+
+
+def draw(scores: Tensor, keys: np.ndarray, position: int, temperature: float, top_p: float) -> Tensor:
+    """The token (rows,) that each row's keyed number selects from its scores (rows, vocabulary).
+
+    Temperature, then nucleus (the smallest set of tokens whose probability reaches `top_p`), then inverse CDF in the
+    order of the vocabulary.
+    """
+    wide = torch.float32 if scores.device.type == "mps" else torch.float64
+    probs = torch.softmax(scores.float() / temperature, -1).to(wide)
+    if top_p < 1:
+        ranked, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+        ranked[(ranked.cumsum(-1) - ranked) >= top_p] = 0
+        probs = torch.zeros_like(probs).scatter_(-1, order, ranked)
+    cdf = probs.cumsum(-1)
+    number = torch.from_numpy(uniforms(keys, position)).to(cdf)
+    token = torch.searchsorted(cdf, number[:, None] * cdf[:, -1:], right=True)
+    return token.clamp(max=probs.shape[-1] - 1)[:, 0]
+
+
+def complete(
+    policy: Policy,
+    prompts: Sequence[str],
+    *,
+    keys: Sequence[int] | None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: Sequence[str] = (),
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> list[Completion]:
+    """One completion a prompt, in the order of `prompts`: greedy where `keys` is None, else sampled with these keys.
+
+    A stop string ends a completion and is cut off. Raises PolicyError when a prompt and its completion do not fit the
+    model's context.
+    """
+    ids = [policy.encode_prompt(p) for p in prompts]
+    if ids and (need := max(map(len, ids)) + max_new_tokens) > policy.context:
+        raise PolicyError(
+            f"the longest prompt and its completion need {need} positions, the model has {policy.context}; "
+            "lower sampler.max_new_tokens or use shorter prompts"
+        )
+    out: list[Completion] = [Completion("", True, 0)] * len(prompts)
+    policy.model.eval()
+    with torch.inference_mode():
+        batches = _Batches(policy, _Stopper(policy, stop), max_new_tokens, temperature, top_p)
+        shared = batches.share(ids)
+        for rows in _together([len(i) for i in ids], batch_size):
+            picked = None if keys is None else np.array([keys[r] for r in rows], dtype=np.uint64)
+            for r, completion in zip(rows, batches.run([ids[r][shared:] for r in rows], picked), strict=True):
+                out[r] = completion
+            on_progress(len(rows))
+    return out
+
+
+def _together(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Batches of at most `size` rows, shortest first: rows of one length by themselves where they fill a quarter of a
+    batch (nothing is padded then), else with their neighbours."""
+    by_length: dict[int, list[int]] = {}
+    for row in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        by_length.setdefault(lengths[row], []).append(row)
+    mixed: list[int] = []
+    for rows in by_length.values():
+        if 4 * len(rows) < size:
+            mixed += rows
+            continue
+        yield from (rows[at : at + size] for at in range(0, len(rows), size))
+    yield from (mixed[at : at + size] for at in range(0, len(mixed), size))
+
+
+class _Stopper:
+    """Which token sequences end a completion."""
+
+    def __init__(self, policy: Policy, stop: Sequence[str]) -> None:
+        self.tokenizer, self.eos, self.stop = policy.tokenizer, frozenset(policy.eos_ids), tuple(stop)
+        self.ends: dict[int, bool] = {}  # whether a token's text may be the end of a stop string
+
+    def ended(self, tokens: Sequence[int]) -> bool:
+        last = tokens[-1]
+        if last in self.eos:
+            return True
+        if not self.stop:
+            return False
+        if last not in self.ends:
+            text = self.tokenizer.decode([last], clean_up_tokenization_spaces=False)
+            self.ends[last] = "\N{REPLACEMENT CHARACTER}" in text or any(s[-1] in text for s in self.stop)
+        return self.ends[last] and self.cut(self.text(tokens)) is not None
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def cut(self, text: str) -> int | None:
+        """Where the first stop string begins."""
+        return min((at for s in self.stop if (at := text.find(s)) >= 0), default=None)
+
+    def read(self, tokens: list[int], entropy: float) -> Completion:
+        end = next((i for i, token in enumerate(tokens) if token in self.eos), None)
+        text = self.text(tokens[:end])
+        if (at := self.cut(text)) is not None:
+            return Completion(text[:at], True, len(tokens), entropy)
+        return Completion(text, end is not None, len(tokens), entropy)
+
+
+class _Room(DynamicLayer):
+    """A cache layer with room for a whole batch: a step writes its column, and copies nothing."""
+
+    _layer_type = None  # not to be registered in place of DynamicLayer
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity, self.length = capacity, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            rows, heads = key_states.shape[:2]
+            self.room = [x.new_empty(rows, heads, self.capacity, x.shape[-1]) for x in (key_states, value_states)]
+        end = self.length + key_states.shape[-2]
+        for room, states in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, self.length : end] = states
+        self.length = end
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.room = [room[indices] for room in self.room]
+        self.keys, self.values = (room[:, :, : self.length] for room in self.room)
+
+
+class _Batches:
+    """Decodes batches that share a beginning."""
+
+    def __init__(self, policy: Policy, stopper: _Stopper, max_new: int, temperature: float, top_p: float) -> None:
+        self.policy, self.model, self.stopper, self.max_new = policy, policy.model, stopper, max_new
+        self.temperature, self.top_p = temperature, top_p
+        known = inspect.signature(self.model.forward).parameters
+        self.takes_positions = "position_ids" in known
+        self.extra = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self.prefix: DynamicCache | None = None
+        self.shared = 0
+
+    def share(self, ids: Sequence[Sequence[int]]) -> int:
+        """The number of tokens at the head of all prompts that are computed once; 0 where that does not pay, or where
+        a layer keeps something else than every key and value (padding would stand between the head and the rest)."""
+        layers = DynamicCache(config=self.model.config).layers
+        if len(ids) < 2 or not all(type(layer) is DynamicLayer for layer in layers):
+            return 0
+        first, last = min(ids), max(ids)  # in lexicographic order: what these two share, all share
+        most = min(len(i) for i in ids) - 1  # each row has a token of its own, whose logits are needed
+        length = next((i for i in range(most) if first[i] != last[i]), most)
+        if length < SHARED_FROM:
+            return 0
+        self.prefix, self.shared = DynamicCache(config=self.model.config), length
+        tokens = torch.tensor([list(first[:length])], device=self.policy.device)
+        self.model(input_ids=tokens, past_key_values=self.prefix, use_cache=True, **self.extra)
+        return length
+
+    def run(self, ids: Sequence[Sequence[int]], keys: np.ndarray | None) -> list[Completion]:
+        """Completions of one batch; `ids` without what `share` took off."""
+        rows, width, device = len(ids), max(map(len, ids)), self.policy.device
+        tokens = torch.full((rows, width), self.policy.pad_id)
+        mask = torch.ones((rows, self.shared + width + self.max_new), dtype=torch.long)
+        for at, row in enumerate(ids):
+            tokens[at, width - len(row) :] = torch.tensor(row)
+            mask[at, self.shared : self.shared + width - len(row)] = 0
+        positions = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
+        tokens, mask = tokens.to(device), mask.to(device) if len({len(i) for i in ids}) > 1 else None
+        cache = self._cache(rows, self.shared + width + self.max_new)
+        made: list[list[int]] = [[] for _ in ids]
+        entropy = [0.0] * rows
+        alive = list(range(rows))  # the batch's rows that the tensors hold
+        ended: set[int] = set()
+        begin, end = self.shared, self.shared + width
+        for step in range(self.max_new):
+            where = {"position_ids": positions[:, begin:end]} if self.takes_positions else {}
+            scores = self.model(
+                input_ids=tokens, attention_mask=None if mask is None else mask[:, :end], past_key_values=cache,
+                use_cache=True, **where, **self.extra,
+            ).logits[:, -1]  # fmt: skip
+            if keys is None:
+                chosen = scores.argmax(-1)
+            else:
+                chosen = draw(scores, keys, step, self.temperature, self.top_p)
+                spread = torch.distributions.Categorical(logits=scores.float(), validate_args=False).entropy().tolist()
+            for at, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
+                if row not in ended:
+                    made[row].append(token)
+                    entropy[row] += spread[at] if keys is not None else 0.0
+                    if self.stopper.ended(made[row]):
+                        ended.add(row)
+            tokens, begin, end = chosen[:, None], end, end + 1
+            stay = [at for at, row in enumerate(alive) if row not in ended]
+            if not stay:
+                break
+            if len(stay) <= LEAVE_AT * len(alive):
+                pick = torch.tensor(stay, device=device)
+                cache.batch_select_indices(pick)
+                tokens, positions = tokens[pick], positions[pick]
+                mask = None if mask is None else mask[pick]
+                keys = None if keys is None else keys[stay]
+                alive = [alive[at] for at in stay]
+        return [self.stopper.read(row, e) for row, e in zip(made, entropy, strict=True)]
+
+    def _cache(self, rows: int, capacity: int) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        for i, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer:
+                cache.layers[i] = room = _Room(capacity)
+                if self.prefix is not None:
+                    had = self.prefix.layers[i]
+                    assert isinstance(had, DynamicLayer)
+                    had_states: Any = (had.keys, had.values)
+                    room.update(*(x.expand(rows, -1, -1, -1) for x in had_states))
+        return cache
