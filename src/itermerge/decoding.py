@@ -190,7 +190,7 @@ class _Batches:
         self.prefix: DynamicCache | None = None
         self.shared = 0
 
-    def share(self, ids: Sequence[Sequence[int]]) -> int:
+    def share(self, ids: Sequence[list[int]]) -> int:
         """The number of tokens at the head of all prompts that are computed once; 0 where that does not pay, or where
         a layer keeps something else than every key and value (padding would stand between the head and the rest)."""
         layers = DynamicCache(config=self.model.config).layers
@@ -218,7 +218,7 @@ class _Batches:
         tokens, mask = tokens.to(device), mask.to(device) if len({len(i) for i in ids}) > 1 else None
         cache = self._cache(rows, self.shared + width + self.max_new)
         made: list[list[int]] = [[] for _ in ids]
-        entropy = [0.0] * rows
+        entropy, spread = [0.0] * rows, [0.0] * rows
         alive = list(range(rows))  # the batch's rows that the tensors hold
         ended: set[int] = set()
         begin, end = self.shared, self.shared + width
@@ -236,7 +236,7 @@ class _Batches:
             for at, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
                 if row not in ended:
                     made[row].append(token)
-                    entropy[row] += spread[at] if keys is not None else 0.0
+                    entropy[row] += spread[at]
                     if self.stopper.ended(made[row]):
                         ended.add(row)
             tokens, begin, end = chosen[:, None], end, end + 1

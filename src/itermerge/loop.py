@@ -124,8 +124,9 @@ class RunRecord:
     ) -> None:  # fmt: skip
         """Puts a round's artifacts and figures in place and tells the tracker."""
         metrics = bench.figures(scores)
-        if self.cfg.suite.pass_k_n:
-            metrics |= stages.held_out_metrics(bench.held_out_samples(merged.model, number))
+        held_out = bench.held_out_samples(merged.model, number) if self.cfg.suite.pass_k_n else None
+        if held_out:
+            metrics |= stages.held_out_metrics(held_out)
         if pre_scores:
             metrics |= {f"pre_merge/{name}": value for name, value in bench.figures(pre_scores).items()}
         if samples:
@@ -146,7 +147,7 @@ class RunRecord:
 
         folder = self.folder / "rounds" / f"{number:02d}"
         (folder / "round.json").unlink(missing_ok=True)
-        for artifact in filter(None, (samples, scores, layers)):
+        for artifact in filter(None, (samples, scores, held_out, layers)):
             for name in artifact.files:
                 place(artifact.folder / name, folder / name)
         if number:
