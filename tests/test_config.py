@@ -18,7 +18,9 @@ from itermerge.config import KINDS, ConfigError, MergeNone, check, conf_dir, to_
 
 GROUPS = sorted(d.name for d in conf_dir().iterdir() if d.is_dir() and d.name not in ("experiment", "hydra"))
 MEMBERS = [(g, f.stem) for g in GROUPS for f in sorted((conf_dir() / g).glob("*.yaml"))]
-EXPERIMENTS = sorted(f.stem for f in (conf_dir() / "experiment").glob("*.yaml"))
+EXPERIMENTS = sorted(
+    str(f.relative_to(conf_dir() / "experiment").with_suffix("")) for f in (conf_dir() / "experiment").rglob("*.yaml")
+)
 NEEDS = {("model", "hf"): ["model.path=/somewhere"]}  # members that are not whole without a value of the user's
 
 
