@@ -95,6 +95,23 @@ def test_other_architectures_decode_as_by_hand(kind: str, tiny: Policy) -> None:
         assert complete(tiny, prompts, keys=None, batch_size=batch_size, max_new_tokens=16) == alone
 
 
+def test_the_samples_of_a_problem_share_its_prompt(tiny: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    enliven(tiny)
+    sizes: list[int] = []
+    forward = tiny.model.forward
+
+    def count(input_ids: torch.Tensor, **how: Any) -> Any:
+        sizes.append(len(input_ids))
+        return forward(input_ids=input_ids, **how)
+
+    count.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    prompts, keys = [p for p in PROMPTS for _ in range(3)], list(range(3 * len(PROMPTS)))
+    alone = [complete(tiny, [p], keys=[k], batch_size=1, **HOW)[0] for p, k in zip(prompts, keys, strict=True)]
+    monkeypatch.setattr(tiny.model, "forward", count)
+    assert complete(tiny, prompts, keys=keys, batch_size=100, **HOW) == alone
+    assert sizes[:2] == [len(PROMPTS), 3 * len(PROMPTS)]
+
+
 def test_rows_that_end_leave_the_batch(lab: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     forward = lab.model.forward

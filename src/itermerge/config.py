@@ -106,7 +106,7 @@ class Sampler:
     top_p: float = knob(gt=0, le=1)
     max_new_tokens: int = knob(ge=1)
     batch_size: int = knob(ge=1)  # rows
-    dtype: str = knob(among=("float32", "bfloat16"))  # of the copy that samples and evaluates
+    dtype: str = knob(among=("auto", "float32", "bfloat16"))  # of the copy that samples and evaluates
 
 
 @dataclass

@@ -216,18 +216,25 @@ class _Batches:
             mask[at, self.shared : self.shared + width - len(row)] = 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
         tokens, mask = tokens.to(device), mask.to(device) if len({len(i) for i in ids}) > 1 else None
-        cache = self._cache(rows, self.shared + width + self.max_new)
+        places: dict[tuple[int, ...], int] = {}
+        twins = [places.setdefault(tuple(row), len(places)) for row in ids]  # samples of one problem share its prompt
+        firsts = [twins.index(i) for i in range(len(places))]
+        cache = self._cache(len(firsts), self.shared + width + self.max_new)
         made: list[list[int]] = [[] for _ in ids]
         entropy, spread = [0.0] * rows, [0.0] * rows
         alive = list(range(rows))  # the batch's rows that the tensors hold
         ended: set[int] = set()
         begin, end = self.shared, self.shared + width
         for step in range(self.max_new):
-            where = {"position_ids": positions[:, begin:end]} if self.takes_positions else {}
+            rows_now = firsts if step == 0 else slice(None)
+            where = {"position_ids": positions[rows_now, begin:end]} if self.takes_positions else {}
             scores = self.model(
-                input_ids=tokens, attention_mask=None if mask is None else mask[:, :end], past_key_values=cache,
-                use_cache=True, **where, **self.extra,
+                input_ids=tokens[rows_now], attention_mask=None if mask is None else mask[rows_now, :end],
+                past_key_values=cache, use_cache=True, **where, **self.extra,
             ).logits[:, -1]  # fmt: skip
+            if step == 0 and len(firsts) < rows:
+                scores = scores[twins]
+                cache.batch_select_indices(torch.tensor(twins, device=device))
             if keys is None:
                 chosen = scores.argmax(-1)
             else:

@@ -89,12 +89,25 @@ def device_of(accelerator: str) -> str:
     return "cuda"
 
 
+def dtype_of(asked: str, device: str) -> str:
+    """The dtype of the copy that samples; `auto` is bfloat16 where the device computes in it, else float32."""
+    if asked != "auto":
+        return asked
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        fast = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    return "bfloat16" if fast else "float32"
+
+
 class Bench:
     """One run's tasks, problems, base and policy, and the stages over them."""
 
     def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
         self.cfg, self.store, self.scratch = cfg, store, scratch
         self.device = device_of(cfg.trainer.accelerator)
+        self.dtype = dtype_of(cfg.sampler.dtype, self.device)
         kinds = sorted({s.kind for s in (cfg.task, *cfg.suite.near, *cfg.suite.far)})
         self.sampling = (*SAMPLING, *(f"tasks/{kind}.py" for kind in kinds))
         self.task = build_task(cfg.task)
@@ -375,13 +388,13 @@ class Bench:
         return self.policy
 
     def _sampler(self, model: Model) -> Any:
-        return _in_dtype(self._load(model), getattr(torch, self.cfg.sampler.dtype))
+        return _in_dtype(self._load(model), getattr(torch, self.dtype))
 
     def _decode(self) -> dict[str, int]:
         return {"max_new_tokens": self.cfg.sampler.max_new_tokens, "batch_size": self.cfg.sampler.batch_size}
 
     def _dtype(self) -> dict[str, str]:
-        return {"dtype": self.cfg.sampler.dtype}
+        return {"dtype": self.dtype}
 
     def _merge_config(self) -> MergeLinear:
         assert isinstance(self.cfg.merge, MergeLinear)
