@@ -108,7 +108,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     """Four jobs: ratio 0.5 and 1, and for each of them one whose examples are longer than it allows."""
     where = tmp_path_factory.mktemp("sweep")
     done = itermerge(
-        "--multirun", *SMALL, "rounds=1", "merge.ratio=0.5,1.0", "sft.max_length=512,8", "hydra.sweep.dir=sweep",
+        "--multirun", *SMALL, "rounds=1", "merge.ratio=0.5,1.0", "sft.max_length=512,16", "hydra.sweep.dir=sweep",
         "merge.every_n_epochs=last", f"store.dir={where / 'store'}", "logger=wandb", cwd=where,
     )  # fmt: skip
     return where / "sweep", done
@@ -128,7 +128,7 @@ def test_a_failed_job_is_marked_and_named_and_the_others_go_on(sweep: Sweep) -> 
     assert "SftError: round 1: an example has" in failed
     named = [line for line in done.stderr.splitlines() if line.startswith("job ")]
     assert [line.split(":")[0] for line in named] == ["job 1 failed", "job 3 failed"]
-    assert all("sft.max_length is 8" in line for line in named)
+    assert all("sft.max_length is 16" in line for line in named)
 
 
 @ONE_WORKER

@@ -87,8 +87,9 @@ def sweep(folder: Path) -> tuple[Table, Path]:
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for label, group in groups.items():
         top = max(
-            (k for k in group[0].rounds[-1] if k.startswith("sample/pass@")), key=lambda k: int(k[12:]), default=""
-        )
+            (k for k in group[0].rounds[-1] if k.startswith("sample/pass@") and k[12:].isdigit()),
+            key=lambda k: int(k[12:]), default="",
+        )  # fmt: skip
         changes = [_change(group, name) for name in ("id/acc", "ood/near/acc", "ood/far/acc", top)]
         counts = [str(sum(sum(j.stages[what].values()) for j in group)) for what in ("computed", "reused")]
         table.add_row(label, *changes, *counts)

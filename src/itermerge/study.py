@@ -2,8 +2,10 @@
 
     python -m itermerge.study DIR [DIR ...] --out results/NAME
 
-`DIR` are sweep folders (or run folders): learning rates x ratios x seeds x bases. Written to --out, and printed:
+`DIR` are sweep folders, run folders, or the --out of an earlier study, which goes on there: learning rates x ratios x
+seeds x bases. Written to --out, and printed:
 
+    chains.jsonl.gz every chain with its verdicts item by item: all that the tables are made of
     sweep.csv       a row a job and round: the figures, without intervals
     grid.csv        each method (ratio, learning rate) at the last round, with intervals
     chosen.csv      the learning rate chosen on vanilla's ID validation accuracy, then each ratio at it, and each ratio
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import json
 import math
 import sys
@@ -41,6 +44,8 @@ from omegaconf import OmegaConf
 RESAMPLES = 2000
 WITHIN = 0.02  # "within 2 points of its best"
 Items = Mapping[str, np.ndarray]  # {task: a value an item}
+Unit = tuple[str, int]  # (base, seed)
+CHAINS = "chains.jsonl.gz"
 
 
 class StudyError(ValueError):
@@ -49,33 +54,79 @@ class StudyError(ValueError):
 
 @dataclass(frozen=True)
 class Chain:
-    """One finished run."""
+    """One finished run: its config (flat), and for each round its figures, the verdicts on its test and validation
+    items, and its held-out samples, problem by problem."""
 
-    folder: Path
-    base: str
-    seed: int
-    ratio: float
-    lr: float
-    other: str  # further keys that differ between the methods, as key=value
+    config: dict[str, Any]
     rounds: list[dict[str, float]]
+    correct: list[Items]
+    sampled: list[Items]
 
-    def items(self, number: int) -> Items:
-        """{task: 0 or 1 an item} at a round."""
-        scores = json.loads((self.folder / "rounds" / f"{number:02d}" / "scores.json").read_text())
-        return {label: np.array(score["correct"], float) for label, score in scores.items()}
+    @property
+    def base(self) -> str:
+        return str(self.config["model.seed"] if self.config["model.kind"] == "lab" else self.config["model.path"])
 
-    def held_out(self, number: int) -> Items:
-        """{figure: a value a problem}: pass@1, pass@n, share of different solutions, nats of entropy a token."""
-        rows = json.loads((self.folder / "rounds" / f"{number:02d}" / "held_out.json").read_text())
-        n, right, distinct, _, entropy, tokens = np.array(rows, float).T
-        most = int(n.min())
-        hit = [1 - math.comb(int(a - c), most) / math.comb(int(a), most) for a, c in zip(n, right, strict=True)]
-        return {
-            "pass@1": right / n,
-            f"pass@{most}": np.array(hit),
-            "entropy": entropy / tokens,
-            "distinct": distinct / n,
-        }
+    @property
+    def unit(self) -> Unit:
+        return self.base, int(self.config["seed"])
+
+    @property
+    def ratio(self) -> float:
+        return float(self.config.get("merge.ratio", 1.0))
+
+    @property
+    def lr(self) -> float:
+        return float(self.config["sft.lr"])
+
+    def tasks(self, side: str) -> list[str]:
+        """Labels of the near or far tasks."""
+        return [t.get("label") or t.get("family") or t["dataset"] for t in self.config[f"suite.{side}"]]
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Chain:
+        config = _flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+        rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        correct: list[Items] = []
+        sampled: list[Items] = []
+        for number in range(len(rounds)):
+            at = folder / "rounds" / f"{number:02d}"
+            scores = json.loads((at / "scores.json").read_text())
+            correct.append({label: np.array(score["correct"], float) for label, score in scores.items()})
+            had = at / "held_out.json"
+            sampled.append(_sampled(json.loads(had.read_text())) if had.is_file() else {})
+        return cls(config, [_figures(line) for line in rounds], correct, sampled)
+
+    def line(self) -> str:
+        """One line of chains.jsonl.gz."""
+        correct = [{k: "".join(str(int(x)) for x in v) for k, v in items.items()} for items in self.correct]
+        sampled = [{k: [round(float(x), 5) for x in v] for k, v in items.items()} for items in self.sampled]
+        whole = {"config": self.config, "rounds": self.rounds, "correct": correct, "sampled": sampled}
+        return json.dumps(whole, sort_keys=True) + "\n"
+
+    @classmethod
+    def of_line(cls, line: str) -> Chain:
+        read = json.loads(line)
+        correct: list[Items] = [{k: np.array([*map(int, v)], float) for k, v in i.items()} for i in read["correct"]]
+        sampled: list[Items] = [{k: np.array(v, float) for k, v in i.items()} for i in read["sampled"]]
+        return cls(read["config"], read["rounds"], correct, sampled)
+
+
+def _figures(line: Mapping[str, float]) -> dict[str, float]:
+    """The figures that the tables use, without intervals (those of the base's tasks apart)."""
+    keep = ("id/acc", "val/id/acc", "ood/", "sample/pass@", "diversity/", "weights/drift", "gap/", "train_sample/")
+    first = line["round"] == 0
+    return {
+        k: round(v, 6) for k, v in line.items()
+        if k.startswith(keep) and (not k.endswith(("_low", "_high")) or (first and k.startswith("ood/")))
+    }  # fmt: skip
+
+
+def _sampled(rows: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
+    """{figure: a value a problem}: pass@1, pass@n, share of different solutions, nats of entropy a token."""
+    n, right, distinct, _, entropy, tokens = np.array(rows, float).T
+    most = int(n.min())
+    hit = [1 - math.comb(int(a - c), most) / math.comb(int(a), most) for a, c in zip(n, right, strict=True)]
+    return {"pass@1": right / n, f"pass@{most}": np.array(hit), "entropy": entropy / tokens, "distinct": distinct / n}
 
 
 @dataclass
@@ -85,7 +136,7 @@ class Method:
     ratio: float
     lr: float
     other: str
-    chains: dict[tuple[str, int], Chain]
+    chains: dict[Unit, Chain]
 
     @property
     def name(self) -> str:
@@ -120,7 +171,7 @@ class Interval:
 # --- statistics ----------------------------------------------------------------------------------------------------
 
 
-def interval(units: Mapping[tuple[str, int], Items], resamples: int = RESAMPLES) -> Interval:
+def interval(units: Mapping[Unit, Items], resamples: int = RESAMPLES) -> Interval:
     """The mean over units of the mean over tasks of the mean over items, with its bootstrap interval.
 
     `units` maps (base, seed) to {task: a value an item}; all units have the same tasks and items. Bases are resampled,
@@ -142,7 +193,7 @@ def interval(units: Mapping[tuple[str, int], Items], resamples: int = RESAMPLES)
     return Interval(value, float(low), float(high), float(np.mean(np.sign(by_unit) == np.sign(value))))
 
 
-def unit_weights(names: Sequence[tuple[str, int]], resamples: int, rng: np.random.Generator) -> np.ndarray:
+def unit_weights(names: Sequence[Unit], resamples: int, rng: np.random.Generator) -> np.ndarray:
     """(resamples, units): the weight of each (base, seed) when bases, and seeds within a base, are drawn anew."""
     bases = sorted({base for base, _ in names})
     weights = np.zeros((resamples, len(names)))
@@ -168,26 +219,27 @@ def difference(a: Mapping[Any, Items], b: Mapping[Any, Items], tasks: Sequence[s
 
 
 def read(folders: Sequence[Path]) -> list[Method]:
-    """The methods of all finished runs below `folders`. Raises StudyError when there is none, or two runs are one
-    chain."""
-    jobs = sorted({f.parent for d in folders for f in d.glob("**/summary.json")})
-    if not jobs:
-        raise StudyError(f"no finished run below {', '.join(map(str, folders))}")
-    configs = [_flat(OmegaConf.to_container(OmegaConf.load(job / "config.yaml"))) for job in jobs]
+    """The methods of all finished runs below `folders`, and of the chains.jsonl.gz that an earlier study left there.
+    Raises StudyError when there is none. Of two runs of one chain the one with more rounds counts."""
+    chains = []
+    for folder in folders:
+        if (kept := folder / CHAINS).is_file():
+            with gzip.open(kept, "rt") as file:
+                chains += [Chain.of_line(line) for line in file]
+        chains += [Chain.of_run(f.parent) for f in sorted(folder.glob("**/summary.json"))]
+    if not chains:
+        raise StudyError(f"no finished run, and no {CHAINS}, below {', '.join(map(str, folders))}")
     own = ("seed", "model.seed", "model.path", "sft.lr", "rounds", "optimized_metric", "threads")
+    configs = [c.config for c in chains]
     varied = sorted({k for c in configs for k in c if len({str(o.get(k)) for o in configs}) > 1} - set(own))
     varied = [k for k in varied if not k.startswith("merge.") or (k == "merge.anchor" and all(k in c for c in configs))]
     methods: dict[tuple[float, float, str], Method] = {}
-    for job, c in zip(jobs, configs, strict=True):
-        ratio = float(c.get("merge.ratio", 1.0))
-        other = ", ".join(f"{k}={c.get(k)}" for k in varied)
-        base = str(c["model.seed"] if c["model.kind"] == "lab" else c["model.path"])
-        rounds = [json.loads(line) for line in (job / "rounds.jsonl").read_text().splitlines()]
-        chain = Chain(job, base, int(c["seed"]), ratio, float(c["sft.lr"]), other, rounds)
-        method = methods.setdefault((ratio, chain.lr, other), Method(ratio, chain.lr, other, {}))
-        had = method.chains.get((base, chain.seed))
-        if had is None or len(had.rounds) < len(rounds):  # a chain of 8 rounds contains the one of 5
-            method.chains[base, chain.seed] = chain
+    for chain in chains:
+        other = ", ".join(f"{k}={chain.config.get(k)}" for k in varied)
+        method = methods.setdefault((chain.ratio, chain.lr, other), Method(chain.ratio, chain.lr, other, {}))
+        had = method.chains.get(chain.unit)
+        if had is None or len(had.rounds) < len(chain.rounds):
+            method.chains[chain.unit] = chain
     return sorted(methods.values(), key=lambda m: (m.ratio, m.lr, m.other))
 
 
@@ -196,7 +248,7 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: node}
     out: dict[str, Any] = {}
     for key, value in node.items():
-        if key not in ("store", "logger", "paths"):
+        if key not in ("store", "logger", "paths", "program"):
             out |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return out
 
@@ -213,10 +265,8 @@ class Study:
         if short := [m.name for m in methods if m.last < self.rounds]:
             raise StudyError(f"round {self.rounds} is not there for {', '.join(short[:5])}")
         first = next(iter(self.vanilla[0].chains.values()))
-        sides = {s: _labels(first, s) for s in ("near", "far")}
-        self.id = next(
-            name.split("/")[1] for name in first.rounds[0] if name.startswith("id/") and name.count("/") == 2
-        )
+        sides = {s: first.tasks(s) for s in ("near", "far")}
+        self.id = next(label.removeprefix("val/") for label in first.correct[0] if label.startswith("val/"))
         self.groups = {"ID": [self.id], "OOD near": sides["near"], "OOD far": sides["far"]}
         self.groups = {k: v for k, v in self.groups.items() if v} | {"OOD": sides["near"] + sides["far"]}
         self._items: dict[tuple[int, int], dict[Any, Items]] = {}
@@ -224,7 +274,7 @@ class Study:
     def items(self, method: Method, number: int) -> dict[Any, Items]:
         key = (id(method), number)
         if key not in self._items:
-            self._items[key] = {u: c.items(number) for u, c in method.chains.items()}
+            self._items[key] = {u: c.correct[number] for u, c in method.chains.items()}
         return self._items[key]
 
     def value(self, method: Method, number: int, group: str) -> Interval:
@@ -349,8 +399,8 @@ class Study:
                 continue
             last = min(m.last, control.last)
             for number in (*range(0, last, 2), last) if last > 4 else range(last + 1):
-                mine = {u: c.held_out(number) for u, c in m.chains.items()}
-                theirs = {u: c.held_out(number) for u, c in control.chains.items()}
+                mine = {u: c.sampled[number] for u, c in m.chains.items()}
+                theirs = {u: c.sampled[number] for u, c in control.chains.items()}
                 row: dict[str, Any] = {"method": m.name, "round": number}
                 for figure in next(iter(mine.values())):
                     one = {u: {figure: i[figure]} for u, i in mine.items()}
@@ -363,24 +413,15 @@ class Study:
         return rows
 
     def rows(self) -> list[dict[str, Any]]:
-        """sweep.csv: the figures of every chain and round, without intervals and layers."""
-        keep = ("id/acc", "val/id/acc", "ood/", "sample/pass@", "diversity/", "weights/drift", "gap/", "train_sample/")
+        """sweep.csv: the figures of every chain and round."""
         out = []
         for m in self.methods:
-            for (base, seed), chain in m.chains.items():
+            for (base, seed), chain in sorted(m.chains.items()):
                 for number, line in enumerate(chain.rounds):
                     head = {"ratio": m.ratio, "lr": m.lr, "other": m.other, "base": Path(base).name, "seed": seed}
-                    figures = {
-                        k: round(v, 4) for k, v in line.items()
-                        if k.startswith(keep) and not k.endswith(("_low", "_high", "/majority"))
-                    }  # fmt: skip
+                    figures = {k: round(v, 4) for k, v in line.items() if not k.endswith(("_low", "_high", "majority"))}
                     out.append({**head, "round": number, **figures})
         return out
-
-
-def _labels(chain: Chain, side: str) -> list[str]:
-    config: Any = OmegaConf.to_container(OmegaConf.load(chain.folder / "config.yaml"))
-    return [t.get("label") or t.get("family") or t["dataset"] for t in config["suite"][side]]
 
 
 _MATCHES: tuple[tuple[str, str, Callable[[float, float], float]], ...] = (
@@ -447,12 +488,13 @@ def draw_collapse(study: Study, path: Path) -> None:
     from matplotlib.figure import Figure
 
     longest = max(m.last for m in study.methods)
-    methods = [m for m in study.methods if m.last == longest and m.ratio]
-    first = next(iter(methods[0].chains.values())).held_out(0)
+    rates = {m.lr for m in study.methods if m.last == longest and m.ratio < 1} or {m.lr for m in study.methods}
+    methods = [m for m in study.methods if m.last == longest and m.ratio and m.lr in rates]
+    first = next(iter(methods[0].chains.values())).sampled[0]
     figure = Figure(figsize=(3.5 * len(first), 3.3), layout="constrained")
     axes: Any = figure.subplots(1, len(first), squeeze=False)[0]
     for m in methods:
-        by_round = [{u: c.held_out(t) for u, c in m.chains.items()} for t in range(longest + 1)]
+        by_round = [{u: c.sampled[t] for u, c in m.chains.items()} for t in range(longest + 1)]
         for axis, name in zip(axes, first, strict=True):
             values = [interval({u: {name: i[name]} for u, i in units.items()}, 500) for units in by_round]
             (line,) = axis.plot([v.value for v in values], marker="o", markersize=3, label=m.name)
@@ -480,8 +522,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(args.out / "sweep.csv", study.rows())
+    chains = sorted(c.line() for m in study.methods for c in m.chains.values())
+    (args.out / CHAINS).write_bytes(gzip.compress("".join(chains).encode(), mtime=0))
     tables = {"grid": study.grid(), "chosen": study.chosen(), "matched": study.matched(), "robust": study.robust()}
-    if "diversity/token_entropy" in next(iter(study.vanilla[0].chains.values())).rounds[0]:
+    if next(iter(study.vanilla[0].chains.values())).sampled[0]:
         tables["collapse"] = study.collapse()
         draw_collapse(study, args.out / "collapse.png")
     for name, rows in tables.items():
