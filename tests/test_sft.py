@@ -15,7 +15,8 @@ import torch
 from conftest import enliven
 
 from itermerge.policy import Policy, digest_weights
-from itermerge.sft import Example, FitSpec, LanguageModel, SftError, collate, fit, lr_factor
+from itermerge import sft
+from itermerge.sft import Example, FitSpec, LanguageModel, SftError, collate, completion_loss, fit, lr_factor
 
 SPEC = FitSpec(
     epochs=2, lr=1e-3, batch_size=2, schedule="constant", warmup_ratio=0.0, weight_decay=0.0, betas=(0.9, 0.999),
@@ -61,6 +62,47 @@ def test_loss_is_the_mean_cross_entropy_of_completion_tokens_alone(tiny: Policy)
     got = module.training_step(collate(examples, pad_id=1), 0)
     assert float(got.detach()) == pytest.approx(float(np.mean(losses)), rel=1e-5)
     assert abs(np.mean(losses) - np.log(53)) > 0.1
+
+
+HEAD = [20, 5, 21, 6, 22, 7, 23, 8, 24, 9]
+HEADED = [  # rows that begin alike, of different lengths: ten common tokens, then their own
+    Example([*HEAD, 30], [31, 1]), Example([*HEAD, 32, 33, 34], [35, 36, 1]), Example(HEAD, [37, 38, 39, 40, 1]),
+]  # fmt: skip
+
+
+def _loss_and_gradients(policy: Policy, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    policy.model.zero_grad()
+    loss = completion_loss(policy.model, batch)
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.clone() for n, p in policy.model.named_parameters()}
+
+
+def test_a_head_that_is_computed_once_changes_neither_loss_nor_gradient(
+    tiny: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enliven(tiny).model.double().train()
+    batch = collate(HEADED, pad_id=0)
+    # the third row's first label stands at column 10, whose logits are those of column 9: nine columns may be shared
+    assert sft.shared_columns(tiny.model, batch["input_ids"], 9) == 9
+    loss, gradients = _loss_and_gradients(tiny, batch)
+    monkeypatch.setattr(sft, "SHARED_FROM", 1000)
+    assert sft.shared_columns(tiny.model, batch["input_ids"], 9) == 0
+    plain_loss, plain = _loss_and_gradients(tiny, batch)
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    for name, gradient in plain.items():  # norms and rotations are computed in float32 whatever the dtype
+        assert (gradients[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), name
+
+
+def test_a_head_is_not_shared_where_it_is_short_different_or_dropped_out(tiny: Policy) -> None:
+    ids = collate(HEADED, pad_id=0)["input_ids"]
+    assert sft.shared_columns(tiny.model, ids, 7) == 0  # below SHARED_FROM
+    assert sft.shared_columns(tiny.model, ids[:1], 9) == 0  # one row has nobody to share with
+    other = ids.clone()
+    other[1, 8] += 1
+    assert sft.shared_columns(tiny.model, other, 9) == 8
+    tiny.model.config.attention_dropout = 0.1
+    assert sft.shared_columns(tiny.model.train(), ids, 9) == 0
+    assert sft.shared_columns(tiny.model.eval(), ids, 9) == 9
 
 
 def test_lr_factor_by_hand() -> None:

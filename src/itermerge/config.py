@@ -145,7 +145,7 @@ class Trainer:
     """Lightning's Trainer. gradient_clip_val is a norm, 0 for none."""
 
     accelerator: str = knob(among=("auto", "cpu", "gpu"))
-    precision: str = knob(among=("32-true", "bf16-mixed", "16-mixed"))
+    precision: str = knob(among=("auto", "32-true", "bf16-mixed", "16-mixed"))
     accumulate_grad_batches: int = knob(ge=1)
     gradient_clip_val: float = knob(ge=0)
     deterministic: bool = MISSING

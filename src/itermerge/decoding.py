@@ -20,10 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .policy import Policy, PolicyError
+from .policy import SHARED_FROM, Policy, PolicyError, keeps_every_key
 
 LEAVE_AT = 0.75  # the batch is packed anew when so few of its rows are still alive
-SHARED_FROM = 8  # tokens that all prompts begin with, to compute them once
 
 
 @dataclass(frozen=True)
@@ -193,8 +192,7 @@ class _Batches:
     def share(self, ids: Sequence[list[int]]) -> int:
         """The number of tokens at the head of all prompts that are computed once; 0 where that does not pay, or where
         a layer keeps something else than every key and value (padding would stand between the head and the rest)."""
-        layers = DynamicCache(config=self.model.config).layers
-        if len(ids) < 2 or not all(type(layer) is DynamicLayer for layer in layers):
+        if len(ids) < 2 or not keeps_every_key(self.model):
             return 0
         first, last = min(ids), max(ids)  # in lexicographic order: what these two share, all share
         most = min(len(i) for i in ids) - 1  # each row has a token of its own, whose logits are needed

@@ -13,10 +13,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 Weights = Mapping[str, Tensor]
 WEIGHTS_FILE = "model.safetensors"
+SHARED_FROM = 8  # tokens that all rows of a batch begin with, to compute them once
 _NOT_COPIED = (
     ".safetensors",
     ".safetensors.index.json",
@@ -80,6 +82,12 @@ class Policy:
     def context(self) -> int:
         """Positions that the model has."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+def keeps_every_key(model: Any) -> bool:
+    """Whether each layer's cache holds all keys and values, so that what rows begin with may be computed once; not so
+    with sliding windows or recurrent layers."""
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
 def check_folder(folder: Path) -> None:

@@ -21,8 +21,9 @@ import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from transformers import DynamicCache
 
-from .policy import Policy
+from .policy import SHARED_FROM, Policy, keeps_every_key
 from .tasks import derive_seed
 
 IGNORED = -100
@@ -119,17 +120,39 @@ class LanguageModel(pl.LightningModule):
 
 
 def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean cross-entropy (nats) over the labelled tokens; logits are made for their columns alone."""
-    labels = batch["labels"]
+    """Mean cross-entropy (nats) over the labelled tokens.
+
+    Logits are made for their columns alone, and what all rows begin with is computed once; neither changes the loss or
+    its gradient, rounding apart.
+    """
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # a column's logits predict the next one
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    shared, cache = shared_columns(model, ids, int(columns[0])), None
+    if shared:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(ids))
+    inputs = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache, "use_cache": bool(shared)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        logits = model(**inputs, logits_to_keep=columns).logits
+        logits = model(**inputs, logits_to_keep=columns - shared).logits
     else:
-        logits = model(**inputs).logits[:, columns]
+        logits = model(**inputs).logits[:, columns - shared]
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1).float(), labels[:, columns + 1].flatten(), ignore_index=IGNORED
     )
+
+
+def shared_columns(model: Any, ids: Tensor, most: int) -> int:
+    """How many of the first `most` columns all rows share, to compute them once; 0 where that does not pay, or where
+    rows would not be independent any more: dropout draws for each row."""
+    same = (ids[:, :most] == ids[:1, :most]).all(0)
+    length = most if bool(same.all()) else int(same.long().argmin())
+    if len(ids) < 2 or length < SHARED_FROM or not keeps_every_key(model):
+        return 0
+    drops = getattr(model.config, "attention_dropout", 0) or any(
+        isinstance(part, torch.nn.Dropout) and part.p for part in model.modules()
+    )
+    return 0 if model.training and drops else length
 
 
 def lr_factor(step: int, steps: int, spec: FitSpec) -> float:

@@ -89,16 +89,12 @@ def device_of(accelerator: str) -> str:
     return "cuda"
 
 
-def dtype_of(asked: str, device: str) -> str:
-    """The dtype of the copy that samples; `auto` is bfloat16 where the device computes in it, else float32."""
-    if asked != "auto":
-        return asked
+def fast_at_bfloat16(device: str) -> bool:
+    """Whether the device has instructions for it; what the `auto` of sampler.dtype and trainer.precision goes by."""
     if device == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = torch.cpu.get_capabilities()
-        fast = bool(able.get("amx_bf16") or able.get("avx512_bf16"))
-    return "bfloat16" if fast else "float32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 
 
 class Bench:
@@ -107,7 +103,12 @@ class Bench:
     def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
         self.cfg, self.store, self.scratch = cfg, store, scratch
         self.device = device_of(cfg.trainer.accelerator)
-        self.dtype = dtype_of(cfg.sampler.dtype, self.device)
+        fast = fast_at_bfloat16(self.device)
+        self.dtype, self.precision = cfg.sampler.dtype, cfg.trainer.precision
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if fast else "float32"
+        if self.precision == "auto":
+            self.precision = "bf16-mixed" if fast else "32-true"
         kinds = sorted({s.kind for s in (cfg.task, *cfg.suite.near, *cfg.suite.far)})
         self.sampling = (*SAMPLING, *(f"tasks/{kind}.py" for kind in kinds))
         self.task = build_task(cfg.task)
@@ -417,7 +418,7 @@ class Bench:
             epochs=sft.epochs, lr=sft.lr, batch_size=sft.batch_size, schedule=sft.schedule,
             warmup_ratio=sft.warmup_ratio, weight_decay=sft.weight_decay, betas=(sft.beta1, sft.beta2),
             max_length=sft.max_length, accelerator="gpu" if self.device == "cuda" else "cpu", devices=1,
-            precision=trainer.precision, accumulate_grad_batches=trainer.accumulate_grad_batches,
+            precision=self.precision, accumulate_grad_batches=trainer.accumulate_grad_batches,
             gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic,
         )  # fmt: skip
 
