@@ -1,0 +1,266 @@
+"""The study's statistics against hand values and a slower bootstrap, and its tables on chains made by hand."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import run_here
+from omegaconf import OmegaConf
+
+from itermerge import study
+from itermerge.study import Chain, Study, StudyError, difference, interval, main, read, unit_weights
+
+
+def _items(rng: np.random.Generator, rate: float, n: int = 40) -> np.ndarray:
+    return (rng.random(n) < rate).astype(float)
+
+
+# --- intervals -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_units_are_those_of_drawing_bases_and_then_seeds() -> None:
+    """Two bases with two seeds and one with one: every draw is a distribution, each base has a third on average, split
+    evenly among its seeds; a base that is not drawn (probability (2/3)^3 = 8/27) has weight 0 on all its seeds."""
+    names = [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("c", 0)]
+    w = unit_weights(names, 20000, np.random.default_rng(1))
+    assert w.sum(1) == pytest.approx(np.ones(20000))
+    assert np.mean(w[:, :2].sum(1) == 0) == pytest.approx(8 / 27, abs=0.012)
+    assert w[:, 0].mean() == pytest.approx(w[:, 1].mean(), abs=0.012)
+
+
+def test_equal_numbers_of_seeds_give_bases_equal_weight() -> None:
+    w = unit_weights([(b, s) for b in "abc" for s in range(3)], 20000, np.random.default_rng(1))
+    assert w.mean(0) == pytest.approx(np.full(9, 1 / 9), abs=0.005)
+
+
+def test_interval_is_that_of_a_bootstrap_written_out() -> None:
+    """Bases, seeds within a drawn base, and items of each task (the same for all units) drawn one by one."""
+    rng = np.random.default_rng(0)
+    units = {
+        (base, seed): {"x": _items(rng, 0.3 + 0.2 * i), "y": _items(rng, 0.7, 25)}
+        for i, base in enumerate("abc") for seed in range(2)
+    }  # fmt: skip
+    got = interval(units, 4000)
+    assert got.value == pytest.approx(np.mean([[v.mean() for v in u.values()] for u in units.values()]))
+    draw, means = random.Random(5), []
+    for _ in range(4000):
+        picked = [(base, draw.choice((0, 1))) for base in draw.choices("abc", k=3) for _ in range(2)]
+        at = {"x": draw.choices(range(40), k=40), "y": draw.choices(range(25), k=25)}
+        means.append(np.mean([[units[u][t][at[t]].mean() for t in at] for u in picked]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert got.low == pytest.approx(low, abs=0.012)
+    assert got.high == pytest.approx(high, abs=0.012)
+
+
+def test_differences_are_paired_by_item_and_unit() -> None:
+    """b is a with one item in ten lost: whatever is drawn of units, only those items vary."""
+    rng = np.random.default_rng(0)
+    a = {(base, seed): {"x": _items(rng, 0.5, 200)} for base in "ab" for seed in (0, 1)}
+    b = {u: {"x": v["x"] - (np.arange(200) % 10 == 0)} for u, v in a.items()}
+    got = difference(b, a)
+    assert got.value == pytest.approx(-0.1)
+    assert got.agree == 1
+    # 200 items, each a tenth: sd sqrt(.1 * .9 / 200) = .0212, so 1.96 sd = .0416
+    assert got.high - got.low == pytest.approx(2 * 0.0416, rel=0.1)
+    assert difference(a, a) == study.Interval(0, 0, 0, 1)
+    with pytest.raises(StudyError, match="no \\(base, seed\\) in common"):
+        difference({("a", 0): a["a", 0]}, {("b", 0): a["b", 0]})
+
+
+def test_only_common_units_are_compared() -> None:
+    one, other = {"x": np.ones(4)}, {"x": np.zeros(4)}
+    got = difference({("a", 0): one, ("a", 1): one}, {("a", 1): other, ("a", 2): one})
+    assert (got.value, got.low, got.high) == (1, 1, 1)
+
+
+# --- tables --------------------------------------------------------------------------------------------------------
+
+N = 100
+
+
+def _run(
+    folder: Path, *, ratio: float, lr: float, seed: int = 0, base: int = 0, val: Sequence[float], id_: Sequence[float],
+    near: Sequence[float], drift: Sequence[float], **config: Any,
+) -> None:  # fmt: skip
+    """A finished run's folder: accuracies by round, the first items of each task being the correct ones."""
+    merge = {"kind": "linear", "ratio": ratio} if ratio < 1 else {"kind": "none"}
+    whole = {
+        "seed": seed, "model": {"kind": "lab", "seed": base}, "sft": {"lr": lr}, "merge": merge,
+        "suite": {"near": [{"kind": "lab", "family": "pair"}], "far": [{"kind": "lab", "family": "sort"}]},
+        "rounds": len(val) - 1, "store": {"dir": str(folder)}, **config,
+    }  # fmt: skip
+    lines = []
+    for t in range(len(val)):
+        at = folder / "rounds" / f"{t:02d}"
+        at.mkdir(parents=True)
+        rates = {"chain": id_[t], "pair": near[t], "sort": 0.9, "val/chain": val[t]}
+        scores = {k: {"correct": [int(i < round(N * r)) for i in range(N)]} for k, r in rates.items()}
+        (at / "scores.json").write_text(json.dumps(scores))
+        # two problems: 2 of 4 samples correct, 3 different, 8 nats over 16 tokens; and 0 of 4, 1 different, 4 over 16
+        (at / "held_out.json").write_text(json.dumps([[4, 2, 3, 1, 8.0, 16], [4, 0, 1, 0, 4.0, 16]]))
+        line = {"round": t, "id/acc": id_[t], "val/id/acc": val[t], "ood/acc": (near[t] + 0.9) / 2}
+        line |= {"ood/pair/acc_low": 0.5, "ood/pair/majority": 0.6, "ood/sort/acc_low": 0.8, "ood/sort/majority": 0.1}
+        lines.append(line | ({"weights/drift": drift[t]} if t else {}))
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(whole))
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (folder / "summary.json").write_text("{}")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    """Two rounds, two seeds. Vanilla at three rates: the lowest has the best test ID but not the best validation ID."""
+    cells: list[dict[str, Any]] = [
+        {"ratio": 1.0, "lr": 1e-4, "val": [0.3, 0.40, 0.44], "id_": [0.3, 0.5, 0.6], "near": [0.9, 0.85, 0.80],
+         "drift": [0, 0.010, 0.020]},
+        {"ratio": 1.0, "lr": 2e-4, "val": [0.3, 0.45, 0.50], "id_": [0.3, 0.45, 0.5], "near": [0.9, 0.80, 0.70],
+         "drift": [0, 0.020, 0.040]},
+        {"ratio": 1.0, "lr": 4e-4, "val": [0.3, 0.35, 0.30], "id_": [0.3, 0.35, 0.3], "near": [0.9, 0.60, 0.40],
+         "drift": [0, 0.050, 0.100]},
+        {"ratio": 0.5, "lr": 4e-4, "val": [0.3, 0.42, 0.46], "id_": [0.3, 0.44, 0.5], "near": [0.9, 0.88, 0.84],
+         "drift": [0, 0.025, 0.035]},
+    ]  # fmt: skip
+    for number, (cell, seed) in enumerate(itertools.product(cells, (0, 1))):
+        _run(tmp_path / "sweep" / str(number), seed=seed, **cell)
+    return tmp_path / "sweep"
+
+
+def _by_method(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {row["method"]: row for row in rows}
+
+
+def test_grid_has_the_base_and_each_method_at_the_last_round(sweep: Path) -> None:
+    rows = _by_method(Study(read([sweep])).grid())
+    assert list(rows) == [
+        "base", "ratio 0.5, lr 0.0004", "vanilla, lr 0.0001", "vanilla, lr 0.0002", "vanilla, lr 0.0004"
+    ]  # fmt: skip
+    assert rows["base"]["ID"].startswith("30.0 [")
+    row = rows["vanilla, lr 0.0004"]
+    assert (row["val ID"], row["units"], row["drift"]) == ("30.0", 2, "0.1000")
+    assert row["OOD near"].startswith("40.0 [")
+    assert row["OOD"].startswith("65.0 [")  # (40 + 90) / 2
+
+
+def test_the_learning_rate_is_chosen_on_validation_items(sweep: Path) -> None:
+    shared, own = "vanilla's learning rate, last round", "own learning rate and round"
+    rows = {(r["chosen by"], r["method"]): r for r in Study(read([sweep])).chosen()}
+    assert set(rows) == {
+        (shared, "vanilla, lr 0.0002"), (own, "vanilla, lr 0.0002"), (own, "ratio 0.5, lr 0.0004")
+    }  # no merged chain has vanilla's learning rate  # fmt: skip
+    merged = rows[own, "ratio 0.5, lr 0.0004"]
+    assert (merged["control"], merged["at round"], merged["round"]) == ("vanilla, lr 0.0002", 2, 2)
+    assert merged["OOD near difference"].startswith("+14.0 [")  # 84 - 70
+    assert merged["OOD near same sign"] == "100%"
+
+
+def test_matched_controls_are_the_nearest_in_validation_id_and_in_drift(sweep: Path) -> None:
+    by_id, by_drift = Study(read([sweep])).matched()
+    assert by_id["equal"] == "ID (validation)"
+    # .46: of .40 .44 .45 .50 .35 .30 the nearest is .45, vanilla at 2e-4 after one round; near .84 - .80
+    assert (by_id["control"], by_id["at round"]) == ("vanilla, lr 0.0002", 1)
+    assert by_id["OOD near difference"].startswith("+4.0 [")
+    # .035: of .010 .020 .020 .040 .050 .100 the nearest by ratio is .040; near .84 - .70
+    assert (by_drift["control"], by_drift["at round"]) == ("vanilla, lr 0.0002", 2)
+    assert by_drift["OOD near difference"].startswith("+14.0 [")
+    assert (by_drift["drift"], by_drift["control drift"]) == ("0.0350", "0.0400")
+
+
+def test_robust_counts_the_cells_within_two_points_of_the_best(sweep: Path) -> None:
+    merged, vanilla = Study(read([sweep])).robust()
+    # 4e-4 is the one learning rate that both have; ID .44 .50 and .35 .30; best of all methods and cells .60
+    assert (merged["cells"], merged["best ID"], merged["ID within 2 of own best"]) == (2, "50.0", 1)
+    assert (vanilla["cells"], vanilla["best ID"], vanilla["ID within 2 of own best"]) == (2, "35.0", 1)
+    assert merged["ID within 2 of overall best"] == vanilla["ID within 2 of overall best"] == 0
+    # OOD (near + .9) / 2: .89 .87 within 2 points of .89; .75 .65
+    assert (merged["OOD within 2 of own best"], vanilla["OOD within 2 of own best"]) == (2, 1)
+
+
+def test_collapse_has_held_out_samples_with_vanilla_of_the_same_learning_rate(sweep: Path) -> None:
+    rows = Study(read([sweep])).collapse()
+    (last,) = [r for r in rows if r["method"].startswith("ratio") and r["round"] == 2]
+    # pass@1 (2/4 + 0) / 2; pass@4 (1 + 0) / 2; (3/4 + 1/4) / 2 different; (8/16 + 4/16) / 2 nats a token
+    assert [last[k].split(" ")[0] for k in ("pass@1", "pass@4", "distinct", "entropy")] == [
+        "0.250", "0.500", "0.500", "0.375"
+    ]  # fmt: skip
+    assert last["pass@1 - vanilla"] == "+0.000 [+0.000, +0.000]"
+
+
+def test_a_task_at_its_majority_is_named(sweep: Path) -> None:
+    assert Study(read([sweep])).at_majority() == ["pair"]
+
+
+def test_the_longer_of_two_runs_of_a_chain_counts(sweep: Path) -> None:
+    _run(sweep / "longer", ratio=0.5, lr=4e-4, val=[0.3] * 4, id_=[0.3] * 4, near=[0.9] * 4, drift=[0, 1, 1, 1])
+    (merged,) = [m for m in read([sweep]) if m.ratio == 0.5]
+    assert len(merged.chains["0", 0].rounds) == 4
+    assert merged.last == 2  # the other seed has two rounds
+
+
+def test_other_keys_make_other_methods(sweep: Path) -> None:
+    _run(
+        sweep / "anchored", ratio=0.5, lr=4e-4, val=[0.3] * 3, id_=[0.3] * 3, near=[0.9] * 3, drift=[0, 1, 1],
+        sampler={"n": 16},
+    )  # fmt: skip
+    names = [m.name for m in read([sweep])]
+    assert "ratio 0.5, lr 0.0004, sampler.n=16" in names
+    assert "ratio 0.5, lr 0.0004, sampler.n=None" in names
+
+
+def test_a_study_goes_on_from_what_an_earlier_one_kept(sweep: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first", tmp_path / "again"
+    assert main([str(sweep), "--out", str(first)]) == 0
+    assert main([str(first), "--out", str(again)]) == 0
+    for file in sorted(first.iterdir()):
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+    names = {f.name for f in first.iterdir()}
+    assert names >= {"sweep.csv", "grid.csv", "chosen.csv", "matched.csv", "robust.csv", "collapse.csv", study.CHAINS}
+    assert (first / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    with (first / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8 * 3
+    assert [r["id/acc"] for r in rows if r["ratio"] == "0.5" and r["seed"] == "1"] == ["0.3", "0.44", "0.5"]
+    assert str(sweep) not in (first / study.CHAINS).read_bytes().decode(errors="ignore")
+
+
+def test_what_cannot_be_compared_is_said(sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main([str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
+    assert "no finished run, and no chains.jsonl.gz, below" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([str(sweep), "--out", str(tmp_path / "out"), "--rounds", "3"]) == 2
+    assert "round 3 is not there for ratio 0.5, lr 0.0004" in capsys.readouterr().err
+    with pytest.raises(StudyError, match="no vanilla chains"):
+        Study([m for m in read([sweep]) if m.ratio < 1])
+
+
+def test_figures_are_those_of_the_runs(tmp_path: Path) -> None:
+    """Two real runs, read and compared: the figures are their own, item by item."""
+    for ratio in (0.5, 1.0):
+        run_here(
+            tmp_path / "runs" / f"{ratio}", f"merge.ratio={ratio}", "rounds=1", f"store.dir={tmp_path / 'store'}",
+            "suite.pre_merge=false",
+        )  # fmt: skip
+    merged, vanilla = read([tmp_path / "runs"])
+    assert (merged.ratio, vanilla.ratio) == (0.5, 1.0)
+    line = json.loads((tmp_path / "runs" / "0.5" / "rounds.jsonl").read_text().splitlines()[1])
+    got = Study([merged, vanilla])
+    for group, name in (("ID", "id/acc"), ("OOD near", "ood/near/acc"), ("OOD far", "ood/far/acc"), ("OOD", "ood/acc")):
+        assert got.value(merged, 1, group).value == pytest.approx(line[name])
+    held = got.collapse()[-1]
+    assert f"{line['sample/pass@1']:.3f}" in {r["pass@1"].split(" ")[0] for r in got.collapse() if r["round"] == 1}
+    assert set(held) >= {"pass@1", "pass@4", "entropy", "distinct"}
+
+
+def test_a_line_of_chains_gives_the_chain_back(sweep: Path) -> None:
+    chain = Chain.of_run(sweep / "0")
+    again = Chain.of_line(chain.line())
+    assert again.line() == chain.line()
+    assert (again.unit, again.ratio, again.lr) == (("0", 0), 1.0, 1e-4)
+    assert again.correct[2]["chain"].sum() == 60
