@@ -71,7 +71,7 @@ def test_differences_are_paired_by_item_and_unit() -> None:
     # 200 items, each a tenth: sd sqrt(.1 * .9 / 200) = .0212, so 1.96 sd = .0416
     assert got.high - got.low == pytest.approx(2 * 0.0416, rel=0.1)
     assert difference(a, a) == study.Interval(0, 0, 0, 1)
-    with pytest.raises(StudyError, match="no \\(base, seed\\) in common"):
+    with pytest.raises(StudyError, match=r"no \(base, seed\) in common"):
         difference({("a", 0): a["a", 0]}, {("b", 0): a["b", 0]})
 
 

@@ -101,7 +101,7 @@ class Chain:
         correct = [{k: "".join(str(int(x)) for x in v) for k, v in items.items()} for items in self.correct]
         sampled = [{k: [round(float(x), 5) for x in v] for k, v in items.items()} for items in self.sampled]
         whole = {"config": self.config, "rounds": self.rounds, "correct": correct, "sampled": sampled}
-        return json.dumps(whole, sort_keys=True) + "\n"
+        return json.dumps(whole) + "\n"
 
     @classmethod
     def of_line(cls, line: str) -> Chain:
