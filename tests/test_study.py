@@ -258,6 +258,20 @@ def test_figures_are_those_of_the_runs(tmp_path: Path) -> None:
     assert set(held) >= {"pass@1", "pass@4", "entropy", "distinct"}
 
 
+def test_where_a_model_lies_does_not_matter_and_is_not_kept(sweep: Path) -> None:
+    for number, where in enumerate(("/one/models", "~/other")):
+        config = OmegaConf.to_container(OmegaConf.load(sweep / str(number) / "config.yaml"))
+        assert isinstance(config, dict)
+        config["model"] = {"kind": "hf", "path": f"{where}/smol"}
+        config["suite"]["near"] = [{"kind": "words", "file": f"{where}/x.jsonl", "label": "pair"}]
+        (sweep / str(number) / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    one, other = (Chain.of_run(sweep / n) for n in "01")
+    assert one.base == other.base == "smol"
+    assert one.config["suite.near"] == other.config["suite.near"]
+    assert "/one" not in one.line()
+    assert one.tasks("near") == ["pair"]
+
+
 def test_a_line_of_chains_gives_the_chain_back(sweep: Path) -> None:
     chain = Chain.of_run(sweep / "0")
     again = Chain.of_line(chain.line())

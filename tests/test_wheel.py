@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+LAB = [f"lab/seed{seed}/model.safetensors" for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +35,10 @@ def itermerge(site: Path, cwd: Path, *words: str) -> str:
 
 
 def test_wheel_holds_conf_and_the_lab_model(unpacked: Path) -> None:
-    for name in ("conf/config.yaml", "conf/experiment/quickstart.yaml", "lab/model.safetensors", "lab/recipe.json"):
+    for name in ("conf/config.yaml", "conf/experiment/quickstart.yaml", "lab/seed0/recipe.json", *LAB):
         assert (unpacked / "itermerge" / name).is_file(), name
     assert (unpacked / "hydra_plugins" / "itermerge_sweeper.py").is_file()
-    assert (unpacked / "itermerge/lab/model.safetensors").stat().st_size <= 4_000_000
+    assert all((unpacked / "itermerge" / name).stat().st_size <= 4_000_000 for name in LAB)
 
 
 def test_wheel_composes_outside_the_checkout_with_a_config_dir(unpacked: Path, tmp_path: Path) -> None:

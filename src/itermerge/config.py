@@ -32,7 +32,7 @@ def knob(
 
 @dataclass
 class ModelLab:
-    """The lab's base model of one pretraining seed; seed 0 is in the package."""
+    """The lab's base model of one pretraining seed; 0, 1 and 2 are in the package."""
 
     kind: str = "lab"
     seed: int = knob(ge=0)

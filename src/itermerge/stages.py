@@ -27,7 +27,8 @@ from .tracking import progress
 
 SAMPLING = ("policy.py", "decoding.py", "evaluation.py", "tasks/__init__.py")
 FITTING = ("policy.py", "sft.py", "merging.py", "tasks/__init__.py")
-LAB_SEED0 = Path(__file__).parent / "lab"
+LAB = Path(__file__).parent / "lab"  # the base models in the package, seed0 and on
+LAB_SEED0 = LAB / "seed0"
 VALIDATION_SEED = "validation"  # validation problems are the same in every run of a suite.seed
 
 
@@ -54,7 +55,9 @@ class EmptyRound(RuntimeError):
 
 def lab_folder(seed: int, models: str) -> Path:
     """The lab's base model of one pretraining seed. Raises TaskError when it has not been made."""
-    folder = LAB_SEED0 if seed == 0 else Path(models).expanduser() / f"lab-seed{seed}"
+    folder = LAB / f"seed{seed}"
+    if not folder.is_dir():
+        folder = Path(models).expanduser() / f"lab-seed{seed}"
     if not (folder / "model.safetensors").is_file():
         raise TaskError(
             f"model.seed: {folder} is not there; make it with: itermerge experiment=pretrain_lab model.seed={seed}"

@@ -244,13 +244,23 @@ def read(folders: Sequence[Path]) -> list[Method]:
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """A config with dotted keys, without what does not tell chains apart."""
     if not isinstance(node, dict):
-        return {prefix: node}
+        return {prefix: _without_folders(node)}
     out: dict[str, Any] = {}
     for key, value in node.items():
         if key not in ("store", "logger", "paths", "program"):
             out |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return out
+
+
+def _without_folders(node: Any) -> Any:
+    """Local paths by their last part: the same model or file lies elsewhere on another machine."""
+    if isinstance(node, dict):
+        return {key: _without_folders(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_folders(value) for value in node]
+    return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", ".")) else node
 
 
 class Study:
@@ -418,7 +428,7 @@ class Study:
         for m in self.methods:
             for (base, seed), chain in sorted(m.chains.items()):
                 for number, line in enumerate(chain.rounds):
-                    head = {"ratio": m.ratio, "lr": m.lr, "other": m.other, "base": Path(base).name, "seed": seed}
+                    head = {"ratio": m.ratio, "lr": m.lr, "other": m.other, "base": base, "seed": seed}
                     figures = {k: round(v, 4) for k, v in line.items() if not k.endswith(("_low", "_high", "majority"))}
                     out.append({**head, "round": number, **figures})
         return out
