@@ -67,10 +67,11 @@ def test_differences_are_paired_by_item_and_unit() -> None:
     b = {u: {"x": v["x"] - (np.arange(200) % 10 == 0)} for u, v in a.items()}
     got = difference(b, a)
     assert got.value == pytest.approx(-0.1)
-    assert got.agree == 1
+    assert (got.agree, got.units) == (4, 4)
+    assert got.points().endswith(" 4/4")
     # 200 items, each a tenth: sd sqrt(.1 * .9 / 200) = .0212, so 1.96 sd = .0416
     assert got.high - got.low == pytest.approx(2 * 0.0416, rel=0.1)
-    assert difference(a, a) == study.Interval(0, 0, 0, 1)
+    assert difference(a, a) == study.Interval(0, 0, 0, 4, 4)
     with pytest.raises(StudyError, match=r"no \(base, seed\) in common"):
         difference({("a", 0): a["a", 0]}, {("b", 0): a["b", 0]})
 
@@ -156,20 +157,36 @@ def test_the_learning_rate_is_chosen_on_validation_items(sweep: Path) -> None:
     }  # no merged chain has vanilla's learning rate  # fmt: skip
     merged = rows[own, "ratio 0.5, lr 0.0004"]
     assert (merged["control"], merged["at round"], merged["round"]) == ("vanilla, lr 0.0002", 2, 2)
-    assert merged["OOD near difference"].startswith("+14.0 [")  # 84 - 70
-    assert merged["OOD near same sign"] == "100%"
+    assert merged["OOD near"].startswith("+14.0 [")  # 84 - 70
+    assert merged["OOD near"].endswith("] 2/2")
+    assert "OOD near" not in rows[own, "vanilla, lr 0.0002"]  # against itself
 
 
 def test_matched_controls_are_the_nearest_in_validation_id_and_in_drift(sweep: Path) -> None:
-    by_id, by_drift = Study(read([sweep])).matched()
+    by_id, by_drift = Study(read([sweep])).matched()  # one merged method: no mean over several
     assert by_id["equal"] == "ID (validation)"
     # .46: of .40 .44 .45 .50 .35 .30 the nearest is .45, vanilla at 2e-4 after one round; near .84 - .80
     assert (by_id["control"], by_id["at round"]) == ("vanilla, lr 0.0002", 1)
-    assert by_id["OOD near difference"].startswith("+4.0 [")
+    assert by_id["OOD near"].startswith("+4.0 [")
     # .035: of .010 .020 .020 .040 .050 .100 the nearest by ratio is .040; near .84 - .70
     assert (by_drift["control"], by_drift["at round"]) == ("vanilla, lr 0.0002", 2)
-    assert by_drift["OOD near difference"].startswith("+14.0 [")
-    assert (by_drift["drift"], by_drift["control drift"]) == ("0.0350", "0.0400")
+    assert by_drift["OOD near"].startswith("+14.0 [")
+    assert by_drift["drift"] == "0.0350 / 0.0400"
+    assert by_drift["val ID"] == "46.0 / 50.0"
+
+
+def test_the_mean_over_matches_is_theirs_paired(sweep: Path) -> None:
+    for seed in (0, 1):
+        _run(
+            sweep / f"other{seed}", ratio=0.7, lr=4e-4, seed=seed, val=[0.3, 0.4, 0.34], id_=[0.3, 0.4, 0.4],
+            near=[0.9, 0.7, 0.5], drift=[0, 0.06, 0.09],
+        )  # fmt: skip
+    rows = Study(read([sweep])).matched()
+    # by validation ID .34 has .35, vanilla at 4e-4 after one round: near .50 - .60; the other match is +4
+    assert [r["OOD near"].split(" ")[0] for r in rows[:3]] == ["+4.0", "-10.0", "-3.0"]
+    assert (rows[2]["method"], rows[2]["OOD near"][-3:]) == ("mean of these 2", "2/2")
+    # by drift .09 has .10, vanilla at 4e-4 after two rounds: .50 - .40
+    assert [r["OOD near"].split(" ")[0] for r in rows[3:]] == ["+14.0", "+10.0", "+12.0"]
 
 
 def test_robust_counts_the_cells_within_two_points_of_the_best(sweep: Path) -> None:

@@ -10,7 +10,8 @@ seeds x bases. Written to --out, and printed:
     grid.csv        each method (ratio, learning rate) at the last round, with intervals
     chosen.csv      the learning rate chosen on vanilla's ID validation accuracy, then each ratio at it, and each ratio
                     at the learning rate and round that its own validation accuracy chooses; against chosen vanilla
-    matched.csv     each merged method against vanilla with a smaller step: equal ID accuracy, equal drift
+    matched.csv     each merged method against vanilla with a smaller step or fewer rounds: at equal ID accuracy, at
+                    equal drift, and the mean of all of them
     robust.csv      over how many learning rates and rounds a method stays within 2 points of its best
     collapse.csv    pass@k, entropy and different solutions over rounds, vanilla against merging
     *.png           figures
@@ -20,8 +21,8 @@ Choices (learning rate, round, match) look at validation items and at weights, n
 
 Intervals are 95% percentile bootstraps that resample bases, seeds within a base, and items within a task; all chains
 answer the same items, so items are resampled alike for all of them and differences are paired by item and by unit. With
-three bases such an interval is rough (three clusters): the share of units with a difference of the same sign stands
-beside it. No torch is needed.
+three bases such an interval is rough (three clusters): how many of the units have a difference of the same sign stands
+beside it, as 8/9. No torch is needed.
 """
 
 from __future__ import annotations
@@ -151,18 +152,22 @@ class Method:
         return float(np.mean([c.rounds[number][figure] for c in self.chains.values()]))
 
 
+Cell = tuple[Method, int]  # (method, round)
+
+
 @dataclass(frozen=True)
 class Interval:
-    """A mean over units, its 95% interval, and the share of units on the mean's side of 0."""
+    """A mean over units, its 95% interval, and how many of the units are on the mean's side of 0."""
 
     value: float
     low: float
     high: float
-    agree: float
+    agree: int
+    units: int
 
     def points(self) -> str:
-        """In points of accuracy."""
-        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        """In points of accuracy: mean [interval] units that agree / all."""
+        return f"{100 * self.value:+.1f} [{100 * self.low:+.1f}, {100 * self.high:+.1f}] {self.agree}/{self.units}"
 
     def percent(self) -> str:
         return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
@@ -190,7 +195,8 @@ def interval(units: Mapping[Unit, Items], resamples: int = RESAMPLES) -> Interva
     by_unit = np.mean([v.mean(1) for v in per_unit], 0)
     value = float(by_unit.mean())
     low, high = np.percentile(means, [2.5, 97.5])
-    return Interval(value, float(low), float(high), float(np.mean(np.sign(by_unit) == np.sign(value))))
+    agree = int(np.sum(np.sign(by_unit) == np.sign(value)))
+    return Interval(value, float(low), float(high), agree, len(names))
 
 
 def unit_weights(names: Sequence[Unit], resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -206,13 +212,17 @@ def unit_weights(names: Sequence[Unit], resamples: int, rng: np.random.Generator
     return weights / weights.sum(1, keepdims=True)
 
 
-def difference(a: Mapping[Any, Items], b: Mapping[Any, Items], tasks: Sequence[str] | None = None) -> Interval:
-    """a - b, paired by unit and item, over the units that both have."""
+def paired(a: Mapping[Unit, Items], b: Mapping[Unit, Items], tasks: Sequence[str]) -> dict[Unit, Items]:
+    """a - b item by item, for the units that both have."""
     both = [u for u in a if u in b]
     if not both:
         raise StudyError("two methods have no (base, seed) in common")
-    names = list(tasks or a[both[0]])
-    return interval({u: {t: a[u][t] - b[u][t] for t in names} for u in both})
+    return {u: {t: a[u][t] - b[u][t] for t in tasks} for u in both}
+
+
+def difference(a: Mapping[Unit, Items], b: Mapping[Unit, Items], tasks: Sequence[str] | None = None) -> Interval:
+    """a - b, paired by unit and item, over the units that both have."""
+    return interval(paired(a, b, tasks or list(next(iter(a.values())))))
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -291,8 +301,11 @@ class Study:
         items = self.items(method, number)
         return interval({u: {t: i[t] for t in self.groups[group]} for u, i in items.items()})
 
-    def against(self, a: tuple[Method, int], b: tuple[Method, int], group: str) -> Interval:
-        return difference(self.items(*a), self.items(*b), self.groups[group])
+    def against(self, pairs: Sequence[tuple[Cell, Cell]], group: str) -> Interval:
+        """The mean over pairs of (method, round) of their difference, paired by unit and item."""
+        found = [paired(self.items(*a), self.items(*b), self.groups[group]) for a, b in pairs]
+        units = set.intersection(*(set(f) for f in found))
+        return interval({u: {t: np.mean([f[u][t] for f in found], 0) for t in self.groups[group]} for u in units})
 
     def at_majority(self) -> list[str]:
         """OOD tasks that some base does not solve better than by always giving the commonest answer."""
@@ -321,7 +334,7 @@ class Study:
                 row[figure.split("/")[1]] = f"{method.mean(figure, number):.3f}"
         return row
 
-    def best(self, methods: Sequence[Method], every_round: bool) -> tuple[Method, int]:
+    def best(self, methods: Sequence[Method], every_round: bool) -> Cell:
         """The (method, round) of the highest mean ID validation accuracy; of equals the smaller step."""
         cells = [
             (m, t)
@@ -346,29 +359,32 @@ class Study:
                 rows.append({"chosen by": how, **self._compare(at, control)})
         return rows
 
-    def _compare(self, at: tuple[Method, int], control: tuple[Method, int]) -> dict[str, Any]:
+    def _compare(self, at: Cell, control: Cell) -> dict[str, Any]:
         row: dict[str, Any] = {"method": at[0].name, "round": at[1], "control": control[0].name, "at round": control[1]}
-        row["val ID"] = f"{100 * at[0].mean('val/id/acc', at[1]):.1f}"
-        row["control val ID"] = f"{100 * control[0].mean('val/id/acc', control[1]):.1f}"
-        row["drift"] = f"{at[0].mean('weights/drift', at[1]):.4f}"
-        row["control drift"] = f"{control[0].mean('weights/drift', control[1]):.4f}"
-        for group in self.groups:
-            got = self.against(at, control, group)
-            row[f"{group} difference"] = got.points()
-            row[f"{group} same sign"] = f"{100 * got.agree:.0f}%"
-        return row
+        row |= {
+            what: " / ".join(f"{scale * m.mean(figure, t):.{digits}f}" for m, t in (at, control))
+            for what, figure, scale, digits in (("val ID", "val/id/acc", 100, 1), ("drift", "weights/drift", 1, 4))
+        }
+        if at == control:
+            return row
+        return row | {group: self.against([(at, control)], group).points() for group in self.groups}
 
     def matched(self) -> list[dict[str, Any]]:
         """Each merged method at the last round against the vanilla (learning rate, round) that is nearest to it, once
-        in mean ID validation accuracy and once in the norm of the drift."""
+        in mean ID validation accuracy and once in the norm of the drift; and the mean over all of them."""
         rows = []
         cells = [(m, t) for m in sorted(self.vanilla, key=lambda m: m.lr) for t in range(1, self.rounds + 1)]
-        for merged in (m for m in self.methods if 0 < m.ratio < 1):
-            smaller = [c for c in cells if c[0].lr <= merged.lr] or cells
-            for how, figure, away in _MATCHES:
+        for how, figure, away in _MATCHES:
+            pairs: list[tuple[Cell, Cell]] = []
+            for merged in (m for m in self.methods if 0 < m.ratio < 1):
+                smaller = [c for c in cells if c[0].lr <= merged.lr] or cells
                 target = merged.mean(figure, self.rounds)
                 control = min(smaller, key=lambda c: round(away(c[0].mean(figure, c[1]), target), 9))
-                rows.append({"equal": how, **self._compare((merged, self.rounds), control)})
+                pairs.append(((merged, self.rounds), control))
+                rows.append({"equal": how, **self._compare(*pairs[-1])})
+            if len(pairs) > 1:
+                mean = {group: self.against(pairs, group).points() for group in self.groups}
+                rows.append({"equal": how, "method": f"mean of these {len(pairs)}", **mean})
         return rows
 
     def robust(self) -> list[dict[str, Any]]:
