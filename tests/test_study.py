@@ -199,6 +199,18 @@ def test_robust_counts_the_cells_within_two_points_of_the_best(sweep: Path) -> N
     assert (merged["OOD within 2 of own best"], vanilla["OOD within 2 of own best"]) == (2, 1)
 
 
+def test_ratio_zero_stands_in_the_grid_alone(sweep: Path) -> None:
+    before = {name: getattr(Study(read([sweep])), name)() for name in ("chosen", "matched", "robust", "collapse")}
+    for seed in (0, 1):
+        _run(
+            sweep / f"zero{seed}", ratio=0.0, lr=1e-4, seed=seed, val=[0.3] * 3, id_=[0.3] * 3, near=[0.9] * 3,
+            drift=[0, 0, 0],
+        )  # fmt: skip
+    after = Study(read([sweep]))
+    assert {name: getattr(after, name)() for name in before} == before
+    assert _by_method(after.grid())["ratio 0, lr 0.0001"]["drift"] == "0.0000"
+
+
 def test_collapse_has_held_out_samples_with_vanilla_of_the_same_learning_rate(sweep: Path) -> None:
     rows = Study(read([sweep])).collapse()
     (last,) = [r for r in rows if r["method"].startswith("ratio") and r["round"] == 2]

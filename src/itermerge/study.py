@@ -396,7 +396,7 @@ class Study:
             for t in range(1, self.rounds + 1):
                 means[id(m), t] = m.mean("id/acc", t), m.mean("ood/acc", t)
         top = max(v[0] for v in means.values()), max(v[1] for v in means.values())
-        grids = [{m.lr for m in self.methods if m.ratio == r} for r in {m.ratio for m in self.methods}]
+        grids = [{m.lr for m in self.methods if m.ratio == r} for r in {m.ratio for m in self.methods if m.ratio}]
         shared = set.intersection(*grids)  # learning rates that every ratio has
         for ratio, other in sorted({(m.ratio, m.other) for m in self.methods if m.ratio}):
             own = [m for m in self.methods if (m.ratio, m.other) == (ratio, other) and m.lr in shared]
