@@ -157,32 +157,3 @@ def _draw(runs: dict[str, list[list[dict[str, float]]]], path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return path
-
-
-def markdown(path: Path) -> str:
-    """A Markdown table of a sweep.csv over sft.lr and merge.ratio: figures (%) of the final round, mean over seeds with
-    the lowest and the highest."""
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    groups: dict[tuple[str, str], dict[str, list[dict[str, str]]]] = {}
-    for row in rows:
-        groups.setdefault((row["sft.lr"], row["merge.ratio"]), {}).setdefault(row["seed"], []).append(row)
-    columns = {"val/id/acc": "val ID", "id/acc": "ID", "ood/near/acc": "OOD near", "ood/far/acc": "OOD far"}
-    columns |= {"sample/pass@1": "pass@1", "sample/pass@8": "pass@8", "diversity/distinct": "distinct"}
-    columns = {k: v for k, v in columns.items() if k in rows[0]}
-    lines = ["| lr | ratio | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
-    first = [seeds[0] for group in groups.values() for seeds in group.values()]
-    lines.append("| base | | " + " | ".join(f"{100 * float(first[0][name]):.1f}" for name in columns) + " |")
-    for (lr, ratio), seeds in sorted(groups.items(), key=lambda item: (float(item[0][0]), float(item[0][1]))):
-        cells = []
-        for name in columns:
-            values = [100 * float(rounds[-1][name]) for rounds in seeds.values()]
-            cells.append(f"{sum(values) / len(values):.1f} [{min(values):.1f}, {max(values):.1f}]")
-        lines.append(f"| {float(lr):g} | {ratio} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    import sys
-
-    print(markdown(Path(sys.argv[1])))

@@ -6,8 +6,9 @@
 seeds x bases. Written to --out, and printed:
 
     chains.jsonl.gz every chain with its verdicts item by item: all that the tables are made of
-    sweep.csv       a row a job and round: the figures, without intervals
-    grid.csv        each method (ratio, learning rate) at the last round, with intervals
+    sweep.csv       a row a chain and round: the figures
+    tasks.csv       each task on each base: accuracy with its Wilson interval, and the majority baseline
+    grid.csv        each method (ratio, learning rate) at the last round
     chosen.csv      the learning rate chosen on vanilla's ID validation accuracy, then each ratio at it, and each ratio
                     at the learning rate and round that its own validation accuracy chooses; against chosen vanilla
     matched.csv     each merged method against vanilla with a smaller step or fewer rounds: at equal ID accuracy, at
@@ -17,12 +18,14 @@ seeds x bases. Written to --out, and printed:
     *.png           figures
 
 A *method* is what chains share apart from seed and base. A *unit* is one (base, seed); a chain is a method on a unit.
-Choices (learning rate, round, match) look at validation items and at weights, never at test items.
+All tables are over the units that every method has. Choices (learning rate, round, match) look at validation items and
+at weights, never at test items; `robust` counts on test items, and is a description.
 
-Intervals are 95% percentile bootstraps that resample bases, seeds within a base, and items within a task; all chains
-answer the same items, so items are resampled alike for all of them and differences are paired by item and by unit. With
-three bases such an interval is rough (three clusters): how many of the units have a difference of the same sign stands
-beside it, as 8/9. No torch is needed.
+Intervals are 95% percentile bootstraps. Items are resampled within each task, alike for all chains, which answer the
+same items. Bases and seeds are crossed (a seed has the same problems on every base) and resampled independently, n - 1
+of n at a time (Rao and Wu, 1988), which makes the variance right for few of them. The tails are still those of three
+clusters: COVERAGE. So beside each difference stands how many units have its sign, as 8/9. Intervals are conditional on
+the choices. No torch is needed.
 """
 
 from __future__ import annotations
@@ -33,8 +36,8 @@ import gzip
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,11 +45,21 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from .evaluation import wilson
+
 RESAMPLES = 2000
 WITHIN = 0.02  # "within 2 points of its best"
+EQUAL_ID = 0.01  # controls at equal ID: validation accuracies at most a point apart
+EQUAL_DRIFT = 1.15  # controls at equal drift: norms within 15%
 Items = Mapping[str, np.ndarray]  # {task: a value an item}
 Unit = tuple[str, int]  # (base, seed)
 CHAINS = "chains.jsonl.gz"
+UNIT_KEYS = ("seed", "model.seed", "model.path")
+NO_MATTER = ("rounds", "optimized_metric", "threads", "suite.pass_k_n", "suite.pre_merge", "merge.ratio", "merge.kind")
+ITEM_KEYS = (  # chains that differ here have not answered the same items
+    "suite.", "task.kind", "task.family", "task.dataset", "task.options", "task.label", "task.file", "task.holds",
+    "task.n_validation",
+)  # fmt: skip
 
 
 class StudyError(ValueError):
@@ -83,6 +96,12 @@ class Chain:
         """Labels of the near or far tasks."""
         return [t.get("label") or t.get("family") or t["dataset"] for t in self.config[f"suite.{side}"]]
 
+    def figure(self, name: str, number: int) -> float:
+        """A figure of a round; the drift of a round that was skipped is that of the round before."""
+        if name != "weights/drift":
+            return self.rounds[number][name]
+        return next((r[name] for r in reversed(self.rounds[: number + 1]) if name in r), 0.0)
+
     @classmethod
     def of_run(cls, folder: Path) -> Chain:
         config = _flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
@@ -113,13 +132,9 @@ class Chain:
 
 
 def _figures(line: Mapping[str, float]) -> dict[str, float]:
-    """The figures that the tables use, without intervals (those of the base's tasks apart)."""
+    """The figures that the tables use, without intervals."""
     keep = ("id/acc", "val/id/acc", "ood/", "sample/pass@", "diversity/", "weights/drift", "gap/", "train_sample/")
-    first = line["round"] == 0
-    return {
-        k: round(v, 6) for k, v in line.items()
-        if k.startswith(keep) and (not k.endswith(("_low", "_high")) or (first and k.startswith("ood/")))
-    }  # fmt: skip
+    return {k: round(v, 6) for k, v in line.items() if k.startswith(keep) and not k.endswith(("_low", "_high"))}
 
 
 def _sampled(rows: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
@@ -127,29 +142,38 @@ def _sampled(rows: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
     n, right, distinct, _, entropy, tokens = np.array(rows, float).T
     most = int(n.min())
     hit = [1 - math.comb(int(a - c), most) / math.comb(int(a), most) for a, c in zip(n, right, strict=True)]
-    return {"pass@1": right / n, f"pass@{most}": np.array(hit), "entropy": entropy / tokens, "distinct": distinct / n}
+    # by the mean number of tokens: their mean over problems is then all nats over all tokens, as in the run's figures
+    return {"pass@1": right / n, f"pass@{most}": np.array(hit), "entropy": entropy / tokens.mean(),
+            "distinct": distinct / n}  # fmt: skip
 
 
-@dataclass
+@dataclass(frozen=True)
 class Method:
-    """The chains of one setting, a unit each."""
+    """The chains of one setting, a unit each. `how` is what is particular of its merging, `other` of the rest."""
 
     ratio: float
     lr: float
+    how: str
     other: str
     chains: dict[Unit, Chain]
 
     @property
+    def setting(self) -> str:
+        """All but the learning rate."""
+        said = "vanilla" if self.ratio == 1 else f"ratio {self.ratio:g}"
+        return ", ".join(filter(None, (said, self.how, self.other)))
+
+    @property
     def name(self) -> str:
         said = "vanilla" if self.ratio == 1 else f"ratio {self.ratio:g}"
-        return f"{said}, lr {self.lr:g}{', ' + self.other if self.other else ''}"
+        return ", ".join(filter(None, (said, f"lr {self.lr:g}", self.how, self.other)))
 
     @cached_property
     def last(self) -> int:
         return min(len(c.rounds) for c in self.chains.values()) - 1
 
     def mean(self, figure: str, number: int) -> float:
-        return float(np.mean([c.rounds[number][figure] for c in self.chains.values()]))
+        return round(float(np.mean([c.figure(figure, number) for c in self.chains.values()])), 9)
 
 
 Cell = tuple[Method, int]  # (method, round)
@@ -157,7 +181,7 @@ Cell = tuple[Method, int]  # (method, round)
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over units, its 95% interval, and how many of the units are on the mean's side of 0."""
+    """A mean over units, its 95% interval, and how many of the units are on its side of 0."""
 
     value: float
     low: float
@@ -176,12 +200,13 @@ class Interval:
 # --- statistics ----------------------------------------------------------------------------------------------------
 
 
-def interval(units: Mapping[Unit, Items], resamples: int = RESAMPLES) -> Interval:
+def interval(units: Mapping[Unit, Items], resamples: int | None = None) -> Interval:
     """The mean over units of the mean over tasks of the mean over items, with its bootstrap interval.
 
-    `units` maps (base, seed) to {task: a value an item}; all units have the same tasks and items. Bases are resampled,
-    then seeds within each base drawn, and items within each task, alike for all units.
+    `units` maps (base, seed) to {task: a value an item}; all units have the same tasks and items. Bases, seeds, and
+    items within each task are resampled, items alike for all units.
     """
+    resamples = resamples or RESAMPLES
     names = sorted(units)
     tasks = list(units[names[0]])
     per_unit = [np.stack([units[u][t] for u in names]) for t in tasks]  # (units, items) a task
@@ -192,28 +217,28 @@ def interval(units: Mapping[Unit, Items], resamples: int = RESAMPLES) -> Interva
         size = values.shape[1]
         counts = rng.multinomial(size, np.full(size, 1 / size), resamples) / size
         means += np.einsum("ri,ri->r", weights @ values, counts) / len(tasks)
-    by_unit = np.mean([v.mean(1) for v in per_unit], 0)
-    value = float(by_unit.mean())
+    by_unit = np.mean([v.mean(1) for v in per_unit], 0).round(12)
+    value = round(float(by_unit.mean()), 12)
     low, high = np.percentile(means, [2.5, 97.5])
-    agree = int(np.sum(np.sign(by_unit) == np.sign(value)))
-    return Interval(value, float(low), float(high), agree, len(names))
+    agree = int(np.sum(by_unit * np.sign(value) > 0))
+    low, high = round(float(low), 12), round(float(high), 12)
+    return Interval(value, min(value, low), max(value, high), agree, len(names))
 
 
 def unit_weights(names: Sequence[Unit], resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """(resamples, units): the weight of each (base, seed) when bases, and seeds within a base, are drawn anew."""
-    bases = sorted({base for base, _ in names})
-    weights = np.zeros((resamples, len(names)))
-    drawn = rng.multinomial(len(bases), np.full(len(bases), 1 / len(bases)), resamples)
-    for b, base in enumerate(bases):
-        own = np.array([i for i, (other, _) in enumerate(names) if other == base])
-        for times in range(1, len(bases) + 1):
-            rows = np.flatnonzero(drawn[:, b] >= times)  # each time that a base is drawn, its seeds are drawn again
-            weights[np.ix_(rows, own)] += rng.multinomial(len(own), np.full(len(own), 1 / len(own)), len(rows))
+    """(resamples, units): the weight of each (base, seed) when bases and seeds are drawn anew, n - 1 of n each."""
+    weights = np.ones((resamples, len(names)))
+    for factor in (0, 1):
+        levels = sorted({name[factor] for name in names}, key=str)
+        n = len(levels)
+        drawn = rng.multinomial(max(1, n - 1), np.full(n, 1 / n), resamples)
+        weights *= drawn[:, [levels.index(name[factor]) for name in names]]
+    weights[weights.sum(1) == 0] = 1  # where a base has not all seeds, a draw may hit no chain
     return weights / weights.sum(1, keepdims=True)
 
 
 def paired(a: Mapping[Unit, Items], b: Mapping[Unit, Items], tasks: Sequence[str]) -> dict[Unit, Items]:
-    """a - b item by item, for the units that both have."""
+    """a - b item by item, for the units that both have. Raises StudyError when there are none."""
     both = [u for u in a if u in b]
     if not both:
         raise StudyError("two methods have no (base, seed) in common")
@@ -228,29 +253,52 @@ def difference(a: Mapping[Unit, Items], b: Mapping[Unit, Items], tasks: Sequence
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def read(folders: Sequence[Path]) -> list[Method]:
-    """The methods of all finished runs below `folders`, and of the chains.jsonl.gz that an earlier study left there.
-    Raises StudyError when there is none. Of two runs of one chain the one with more rounds counts."""
-    chains = []
+def read(folders: Sequence[Path]) -> tuple[list[Method], list[str]]:
+    """The methods of all finished runs below `folders` and of the chains.jsonl.gz that an earlier study left there, and
+    the run folders that are not finished.
+
+    Raises StudyError when a folder has no finished run, chains have not answered the same items, or two runs of one
+    chain disagree. Of two runs of one chain the one with more rounds counts.
+    """
+    chains: list[tuple[str, Chain]] = []
+    unfinished = []
     for folder in folders:
+        before = len(chains)
         if (kept := folder / CHAINS).is_file():
             with gzip.open(kept, "rt") as file:
-                chains += [Chain.of_line(line) for line in file]
-        chains += [Chain.of_run(f.parent) for f in sorted(folder.glob("**/summary.json"))]
-    if not chains:
-        raise StudyError(f"no finished run, and no {CHAINS}, below {', '.join(map(str, folders))}")
-    own = ("seed", "model.seed", "model.path", "sft.lr", "rounds", "optimized_metric", "threads")
-    configs = [c.config for c in chains]
-    varied = sorted({k for c in configs for k in c if len({str(o.get(k)) for o in configs}) > 1} - set(own))
-    varied = [k for k in varied if not k.startswith("merge.") or (k == "merge.anchor" and all(k in c for c in configs))]
-    methods: dict[tuple[float, float, str], Method] = {}
-    for chain in chains:
+                chains += [(f"{kept}, line {at}", Chain.of_line(line)) for at, line in enumerate(file, 1)]
+        for config in sorted(folder.glob("**/config.yaml")):
+            if (config.parent / "summary.json").is_file():
+                chains.append((str(config.parent), Chain.of_run(config.parent)))
+            elif (config.parent / "rounds.jsonl").is_file() or (config.parent / "FAILED").is_file():
+                unfinished.append(str(config.parent))
+        if len(chains) == before:
+            raise StudyError(f"no finished run, and no {CHAINS}, below {folder}")
+    configs = [c.config for _, c in chains]
+    varied = [k for k in sorted({k for c in configs for k in c}) if k not in (*UNIT_KEYS, *NO_MATTER, "sft.lr")]
+    how_keys = [k for k in varied if k.startswith("merge.")]
+    merged = [c for _, c in chains if 0 < c.ratio < 1]
+    how_keys = [k for k in how_keys if len({str(c.config.get(k)) for c in merged}) > 1]
+    varied = [k for k in varied if not k.startswith("merge.") and len({str(c.get(k)) for c in configs}) > 1]
+    if apart := [k for k in varied if k.startswith(ITEM_KEYS)]:
+        raise StudyError(f"runs that differ in {', '.join(apart)} have not answered the same items; study them apart")
+    methods: dict[tuple[float, float, str, str], Method] = {}
+    where: dict[int, str] = {}
+    for at, chain in chains:
+        how = ", ".join(f"{k}={chain.config.get(k)}" for k in how_keys) if 0 < chain.ratio < 1 else ""
         other = ", ".join(f"{k}={chain.config.get(k)}" for k in varied)
-        method = methods.setdefault((chain.ratio, chain.lr, other), Method(chain.ratio, chain.lr, other, {}))
+        key = (chain.ratio, chain.lr, how, other)
+        method = methods.setdefault(key, Method(*key, {}))
         had = method.chains.get(chain.unit)
+        if had is not None and any(a != b for a, b in zip(had.rounds, chain.rounds, strict=False)):
+            raise StudyError(
+                f"{where[id(had)]} and {at} are runs of one chain ({method.name}, base {chain.base}, seed "
+                f"{chain.unit[1]}) with different figures; leave one out"
+            )
+        where[id(chain)] = at
         if had is None or len(had.rounds) < len(chain.rounds):
             method.chains[chain.unit] = chain
-    return sorted(methods.values(), key=lambda m: (m.ratio, m.lr, m.other))
+    return sorted(methods.values(), key=lambda m: (m.ratio, m.lr, m.how, m.other)), unfinished
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -265,64 +313,82 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _without_folders(node: Any) -> Any:
-    """Local paths by their last part: the same model or file lies elsewhere on another machine."""
+    """Local paths by their last two parts: the same model or file lies elsewhere on another machine."""
     if isinstance(node, dict):
         return {key: _without_folders(value) for key, value in node.items()}
     if isinstance(node, list):
         return [_without_folders(value) for value in node]
-    return Path(node).name if isinstance(node, str) and node.startswith(("/", "~", ".")) else node
+    return "/".join(Path(node).parts[-2:]) if isinstance(node, str) and node.startswith(("/", "~", ".")) else node
 
 
 class Study:
-    """The tables over a set of methods. `rounds` is the round at which methods are compared."""
+    """The tables over a set of methods, on the units that all have (ratio 0 apart, which is compared with nothing).
+    `rounds` is the round at which methods are compared."""
 
     def __init__(self, methods: Sequence[Method], rounds: int | None = None) -> None:
-        self.methods = list(methods)
-        self.vanilla = [m for m in methods if m.ratio == 1]
-        if not self.vanilla:
+        live = [m for m in methods if m.ratio]
+        if not any(m.ratio == 1 for m in live):
             raise StudyError("no vanilla chains (merge.ratio=1 or merge=none) to compare with")
-        self.rounds = rounds or min(m.last for m in methods)
-        if short := [m.name for m in methods if m.last < self.rounds]:
+        if rounds is not None and rounds < 1:
+            raise StudyError(f"--rounds: {rounds} is not a round; the first is 1")
+        have = [set(m.chains) for m in live]
+        self.units, every = sorted(set.intersection(*have)), sorted(set.union(*have))
+        if not self.units:
+            raise StudyError("the methods have no (base, seed) in common; finish the sweep, or study fewer folders")
+        self.left_out = [u for u in every if u not in self.units]
+        self.methods = [replace(m, chains={u: m.chains[u] for u in self.units}) for m in live]
+        self.vanilla = [m for m in self.methods if m.ratio == 1]
+        self.zero = [m for m in methods if not m.ratio]
+        self.rounds = rounds or min(m.last for m in self.methods)
+        if short := [m.name for m in self.methods if m.last < self.rounds]:
             raise StudyError(f"round {self.rounds} is not there for {', '.join(short[:5])}")
         first = next(iter(self.vanilla[0].chains.values()))
         sides = {s: first.tasks(s) for s in ("near", "far")}
         self.id = next(label.removeprefix("val/") for label in first.correct[0] if label.startswith("val/"))
         self.groups = {"ID": [self.id], "OOD near": sides["near"], "OOD far": sides["far"]}
         self.groups = {k: v for k, v in self.groups.items() if v} | {"OOD": sides["near"] + sides["far"]}
-        self._items: dict[tuple[int, int], dict[Any, Items]] = {}
-
-    def items(self, method: Method, number: int) -> dict[Any, Items]:
-        key = (id(method), number)
-        if key not in self._items:
-            self._items[key] = {u: c.correct[number] for u, c in method.chains.items()}
-        return self._items[key]
+        self.has_samples = all(c.sampled[0] for m in self.methods for c in m.chains.values())
 
     def value(self, method: Method, number: int, group: str) -> Interval:
-        items = self.items(method, number)
+        items = {u: c.correct[number] for u, c in method.chains.items()}
         return interval({u: {t: i[t] for t in self.groups[group]} for u, i in items.items()})
 
     def against(self, pairs: Sequence[tuple[Cell, Cell]], group: str) -> Interval:
         """The mean over pairs of (method, round) of their difference, paired by unit and item."""
-        found = [paired(self.items(*a), self.items(*b), self.groups[group]) for a, b in pairs]
-        units = set.intersection(*(set(f) for f in found))
-        return interval({u: {t: np.mean([f[u][t] for f in found], 0) for t in self.groups[group]} for u in units})
+        tasks = self.groups[group]
+        found = []
+        for (a, at), (b, bt) in pairs:
+            mine, theirs = ({u: c.correct[t] for u, c in m.chains.items()} for m, t in ((a, at), (b, bt)))
+            found.append(paired(mine, theirs, tasks))
+        return interval({u: {t: np.mean([f[u][t] for f in found], 0) for t in tasks} for u in self.units})
+
+    # --- tables ------------------------------------------------------------------------------------------------
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """Each task on each base: greedy accuracy with its Wilson interval, and what a constant answer would score."""
+        rows = []
+        bases = {chain.base: chain for m in self.methods for chain in m.chains.values()}
+        for group, labels in self.groups.items():
+            for task in labels if group != "OOD" else ():
+                row: dict[str, Any] = {"task": task, "side": group}
+                for base, chain in sorted(bases.items()):
+                    correct, n = int(chain.correct[0][task].sum()), len(chain.correct[0][task])
+                    low, high = wilson(correct, n)
+                    majority = chain.rounds[0].get(f"ood/{task}/majority")
+                    row |= {"items": n} | ({} if majority is None else {"majority": f"{100 * majority:.1f}"})
+                    mark = " at the majority" if majority is not None and low <= majority else ""
+                    row[f"base {base}"] = f"{100 * correct / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]{mark}"
+                rows.append(row)
+        return rows
 
     def at_majority(self) -> list[str]:
         """OOD tasks that some base does not solve better than by always giving the commonest answer."""
-        found: dict[str, None] = {}
-        for chain in self.vanilla[0].chains.values():
-            base = chain.rounds[0]
-            for task in self.groups["OOD"]:
-                if base[f"ood/{task}/acc_low"] <= base[f"ood/{task}/majority"]:
-                    found[task] = None
-        return list(found)
-
-    # --- tables ------------------------------------------------------------------------------------------------
+        return [row["task"] for row in self.tasks() if any("at the majority" in str(v) for v in row.values())]
 
     def grid(self) -> list[dict[str, Any]]:
         """Each method at the last round, and the base."""
         rows = [self._row("base", self.vanilla[0], 0)]
-        return rows + [self._row(m.name, m, self.rounds) for m in self.methods]
+        return rows + [self._row(m.name, m, self.rounds) for m in (*self.zero, *self.methods) if m.last >= self.rounds]
 
     def _row(self, name: str, method: Method, number: int) -> dict[str, Any]:
         row: dict[str, Any] = {"method": name, "units": len(method.chains), "round": number}
@@ -330,7 +396,7 @@ class Study:
         row |= {group: self.value(method, number, group).percent() for group in self.groups}
         row["drift"] = f"{method.mean('weights/drift', number):.4f}" if number else ""
         for figure in ("sample/pass@1", "sample/pass@8", "diversity/distinct", "diversity/token_entropy"):
-            if figure in next(iter(method.chains.values())).rounds[number]:
+            if all(figure in c.rounds[number] for c in method.chains.values()):
                 row[figure.split("/")[1]] = f"{method.mean(figure, number):.3f}"
         return row
 
@@ -344,19 +410,27 @@ class Study:
         return max(cells, key=lambda cell: cell[0].mean("val/id/acc", cell[1]))
 
     def chosen(self) -> list[dict[str, Any]]:
-        """Each ratio at the learning rate that vanilla's validation accuracy chooses, then at its own choice of
-        learning rate and round; differences to vanilla chosen the same way."""
+        """Each setting at the learning rate that vanilla's validation accuracy chooses (among those that all settings
+        have), then at its own choice of learning rate and round; differences to vanilla chosen the same way."""
+        settings: dict[str, list[Method]] = {}
+        for m in sorted(self.methods, key=lambda m: -m.ratio):
+            settings.setdefault(m.setting, []).append(m)
+        shared = set.intersection(*({m.lr for m in own} for own in settings.values()))
         rows = []
         for how, every_round in (("vanilla's learning rate, last round", False), ("own learning rate and round", True)):
-            control = self.best(self.vanilla, every_round)
-            for ratio, other in sorted({(m.ratio, m.other) for m in self.methods if m.ratio}, reverse=True):
-                own = [m for m in self.methods if (m.ratio, m.other) == (ratio, other)]
+            for own in settings.values():
+                vanilla = [m for m in self.vanilla if m.other == own[0].other]
                 if not every_round:
-                    own = [m for m in own if m.lr == control[0].lr]
-                if not own:
+                    vanilla, own = ([m for m in some if m.lr in shared] for some in (vanilla, own))
+                if not vanilla or not own:
                     continue
-                at = self.best(own, every_round)
-                rows.append({"chosen by": how, **self._compare(at, control)})
+                control = self.best(vanilla, every_round)
+                at = self.best(own if every_round else [m for m in own if m.lr == control[0].lr], every_round)
+                row = {"chosen by": how, **self._compare(at, control)}
+                rates = sorted(m.lr for m in own)
+                if len(rates) > 1 and at[0].lr in (rates[0], rates[-1]):
+                    row["note"] = f"the {'lowest' if at[0].lr == rates[0] else 'highest'} rate tried"
+                rows.append(row)
         return rows
 
     def _compare(self, at: Cell, control: Cell) -> dict[str, Any]:
@@ -370,58 +444,86 @@ class Study:
         return row | {group: self.against([(at, control)], group).points() for group in self.groups}
 
     def matched(self) -> list[dict[str, Any]]:
-        """Each merged method at the last round against the vanilla (learning rate, round) that is nearest to it, once
-        in mean ID validation accuracy and once in the norm of the drift; and the mean over all of them."""
+        """Each merged method at the last round against vanilla with a smaller learning rate or fewer rounds.
+
+        At equal ID: of the (learning rate, round) cells whose mean ID validation accuracy is at most a point away, the
+        one with the smallest drift, which is the gentlest vanilla that learns as much. At equal drift: the nearest
+        within 15%. A method without such a cell has no control, and is not in the mean over all of them.
+        """
         rows = []
-        cells = [(m, t) for m in sorted(self.vanilla, key=lambda m: m.lr) for t in range(1, self.rounds + 1)]
-        for how, figure, away in _MATCHES:
+        for how, find in (("ID (validation)", self._equal_id), ("drift", self._equal_drift)):
             pairs: list[tuple[Cell, Cell]] = []
-            for merged in (m for m in self.methods if 0 < m.ratio < 1):
-                smaller = [c for c in cells if c[0].lr <= merged.lr] or cells
-                target = merged.mean(figure, self.rounds)
-                control = min(smaller, key=lambda c: round(away(c[0].mean(figure, c[1]), target), 9))
-                pairs.append(((merged, self.rounds), control))
+            merged = [m for m in self.methods if m.ratio < 1]
+            for m in merged:
+                cells = [
+                    (v, t) for v in self.vanilla if v.other == m.other for t in range(1, self.rounds + 1)
+                    if v.lr < m.lr or (v.lr == m.lr and t < self.rounds)
+                ]  # fmt: skip
+                control = find((m, self.rounds), cells)
+                if control is None:
+                    rows.append({"equal": how, "method": m.name, "round": self.rounds, "control": "none is near"})
+                    continue
+                pairs.append(((m, self.rounds), control))
                 rows.append({"equal": how, **self._compare(*pairs[-1])})
             if len(pairs) > 1:
                 mean = {group: self.against(pairs, group).points() for group in self.groups}
-                rows.append({"equal": how, "method": f"mean of these {len(pairs)}", **mean})
+                of = f"{len(pairs)}" if len(pairs) == len(merged) else f"{len(pairs)} of {len(merged)}"
+                rows.append({"equal": how, "method": f"mean of these {of}", **mean})
         return rows
 
+    def _equal_id(self, at: Cell, cells: Sequence[Cell]) -> Cell | None:
+        target = at[0].mean("val/id/acc", at[1])
+        near = [c for c in cells if abs(c[0].mean("val/id/acc", c[1]) - target) <= EQUAL_ID + 1e-9]
+        return min(near, key=lambda c: c[0].mean("weights/drift", c[1]), default=None)
+
+    def _equal_drift(self, at: Cell, cells: Sequence[Cell]) -> Cell | None:
+        target = at[0].mean("weights/drift", at[1])
+        drifts = [(c[0].mean("weights/drift", c[1]), c) for c in cells]
+        near = [(abs(math.log(d / target)), c) for d, c in drifts if d > 0 and target > 0]
+        away, cell = min(near, key=lambda x: x[0], default=(math.inf, at))
+        return cell if away <= math.log(EQUAL_DRIFT) else None
+
     def robust(self) -> list[dict[str, Any]]:
-        """For each ratio: over how many (learning rate, round) cells ID and OOD stay within 2 points of that ratio's
-        best cell, and of the best over all ratios."""
-        rows = []
-        means: dict[tuple[int, int], tuple[float, float]] = {}
+        """For each setting, over the learning rates that all settings have: over how many (learning rate, round) cells
+        ID and OOD stay within 2 points of the setting's best cell, and of the best over all settings. On test items."""
+        settings: dict[str, list[Method]] = {}
         for m in self.methods:
-            for t in range(1, self.rounds + 1):
-                means[id(m), t] = m.mean("id/acc", t), m.mean("ood/acc", t)
-        top = max(v[0] for v in means.values()), max(v[1] for v in means.values())
-        grids = [{m.lr for m in self.methods if m.ratio == r} for r in {m.ratio for m in self.methods if m.ratio}]
-        shared = set.intersection(*grids)  # learning rates that every ratio has
-        for ratio, other in sorted({(m.ratio, m.other) for m in self.methods if m.ratio}):
-            own = [m for m in self.methods if (m.ratio, m.other) == (ratio, other) and m.lr in shared]
-            cells = [(m, t, *means[id(m), t]) for m in own for t in range(1, self.rounds + 1)]
-            best = max(c[2] for c in cells), max(c[3] for c in cells)
-            row: dict[str, Any] = {"ratio": f"{ratio:g}{', ' + other if other else ''}", "cells": len(cells)}
+            settings.setdefault(m.setting, []).append(m)
+        shared = set.intersection(*({m.lr for m in own} for own in settings.values()))
+        cells = {
+            name: [
+                (m, t, m.mean("id/acc", t), m.mean("ood/acc", t))
+                for m in own if m.lr in shared for t in range(1, self.rounds + 1)
+            ]
+            for name, own in settings.items()
+        }  # fmt: skip
+        if not shared:
+            return []
+        every = [c for own in cells.values() for c in own]
+        top = max(c[2] for c in every) - WITHIN - 1e-9, max(c[3] for c in every) - WITHIN - 1e-9
+        rows = []
+        for name, own in cells.items():
+            best = max(c[2] for c in own), max(c[3] for c in own)
+            both = [c for c in own if c[2] >= top[0] and c[3] >= top[1]]
+            row: dict[str, Any] = {"method": name, "cells": len(own)}
             row |= {"best ID": f"{100 * best[0]:.1f}", "best OOD": f"{100 * best[1]:.1f}"}
-            row["ID within 2 of own best"] = sum(c[2] >= best[0] - WITHIN for c in cells)
-            row["OOD within 2 of own best"] = sum(c[3] >= best[1] - WITHIN for c in cells)
-            row["ID within 2 of overall best"] = sum(c[2] >= top[0] - WITHIN for c in cells)
-            both = [c for c in cells if c[2] >= top[0] - WITHIN and c[3] >= top[1] - WITHIN]
+            row["ID within 2 of own best"] = sum(c[2] >= best[0] - WITHIN - 1e-9 for c in own)
+            row["OOD within 2 of own best"] = sum(c[3] >= best[1] - WITHIN - 1e-9 for c in own)
+            row["ID within 2 of overall best"] = sum(c[2] >= top[0] for c in own)
             row["ID and OOD within 2 of overall best"] = len(both)
             rates = sorted({c[0].lr for c in both if c[1] == self.rounds})
-            row["learning rates, last round"] = " ".join(f"{lr:g}" for lr in rates)
+            row["of these at the last round, learning rates"] = " ".join(f"{lr:g}" for lr in rates)
             rows.append(row)
         return rows
 
     def collapse(self) -> list[dict[str, Any]]:
         """Held-out sampling over rounds, for the learning rates that vanilla and merged chains share, with the
-        difference to vanilla of the same learning rate, paired by problem and unit."""
+        difference to vanilla of the same learning rate, paired by problem and unit. Empty without held-out samples."""
         rows = []
         twins = {(m.lr, m.other): m for m in self.vanilla}
-        for m in self.methods:
+        for m in self.methods if self.has_samples else ():
             control = twins.get((m.lr, m.other))
-            if control is None or m.ratio == 0:
+            if control is None:
                 continue
             last = min(m.last, control.last)
             for number in (*range(0, last, 2), last) if last > 4 else range(last + 1):
@@ -429,8 +531,7 @@ class Study:
                 theirs = {u: c.sampled[number] for u, c in control.chains.items()}
                 row: dict[str, Any] = {"method": m.name, "round": number}
                 for figure in next(iter(mine.values())):
-                    one = {u: {figure: i[figure]} for u, i in mine.items()}
-                    got = interval(one)
+                    got = interval({u: {figure: i[figure]} for u, i in mine.items()})
                     row[figure] = f"{got.value:.3f} [{got.low:.3f}, {got.high:.3f}]"
                     if m is not control:
                         gap = difference(mine, theirs, [figure])
@@ -441,19 +542,13 @@ class Study:
     def rows(self) -> list[dict[str, Any]]:
         """sweep.csv: the figures of every chain and round."""
         out = []
-        for m in self.methods:
+        for m in (*self.zero, *self.methods):
             for (base, seed), chain in sorted(m.chains.items()):
                 for number, line in enumerate(chain.rounds):
-                    head = {"ratio": m.ratio, "lr": m.lr, "other": m.other, "base": base, "seed": seed}
-                    figures = {k: round(v, 4) for k, v in line.items() if not k.endswith(("_low", "_high", "majority"))}
+                    head = {"ratio": m.ratio, "lr": m.lr, "how": m.how, "other": m.other, "base": base, "seed": seed}
+                    figures = {k: round(v, 4) for k, v in line.items() if not k.endswith("majority")}
                     out.append({**head, "round": number, **figures})
         return out
-
-
-_MATCHES: tuple[tuple[str, str, Callable[[float, float], float]], ...] = (
-    ("ID (validation)", "val/id/acc", lambda a, b: abs(a - b)),
-    ("drift", "weights/drift", lambda a, b: abs(math.log(a / b))),
-)
 
 
 # --- output --------------------------------------------------------------------------------------------------------
@@ -482,9 +577,11 @@ def draw(study: Study, path: Path) -> None:
     figure = Figure(figsize=(4.6 * len(sides), 7.6), layout="constrained")
     axes: Any = figure.subplots(2, len(sides), squeeze=False)
     base = {g: 100 * study.value(study.vanilla[0], 0, g).value for g in study.groups}
-    for ratio in sorted({m.ratio for m in study.methods if m.ratio}, reverse=True):
-        own = sorted((m for m in study.methods if m.ratio == ratio), key=lambda m: m.lr)
-        label = "vanilla" if ratio == 1 else f"ratio {ratio:g}"
+    settings: dict[str, list[Method]] = {}
+    for m in sorted(study.methods, key=lambda m: (-m.ratio, m.lr)):
+        settings.setdefault(m.setting, []).append(m)
+    for label, own in settings.items():
+        ratio = own[0].ratio
         values = {g: [study.value(m, study.rounds, g) for m in own] for g in study.groups}
         for column, group in enumerate(sides):
             y = np.array([100 * v.value for v in values[group]])
@@ -515,7 +612,7 @@ def draw_collapse(study: Study, path: Path) -> None:
 
     longest = max(m.last for m in study.methods)
     rates = {m.lr for m in study.methods if m.last == longest and m.ratio < 1} or {m.lr for m in study.methods}
-    methods = [m for m in study.methods if m.last == longest and m.ratio and m.lr in rates]
+    methods = [m for m in study.methods if m.last == longest and m.lr in rates]
     first = next(iter(methods[0].chains.values())).sampled[0]
     figure = Figure(figsize=(3.5 * len(first), 3.3), layout="constrained")
     axes: Any = figure.subplots(1, len(first), squeeze=False)[0]
@@ -537,29 +634,34 @@ def draw_collapse(study: Study, path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m itermerge.study", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="sweep or run folders")
+    parser.add_argument("folders", type=Path, nargs="+", help="sweep or run folders, or an earlier study's --out")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables and figures")
     parser.add_argument("--rounds", type=int, help="the round to compare at (default: the last that all chains have)")
     args = parser.parse_args(argv)
     try:
-        study = Study(read(args.folders), args.rounds)
+        methods, unfinished = read(args.folders)
+        study = Study(methods, args.rounds)
     except StudyError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     write_csv(args.out / "sweep.csv", study.rows())
-    chains = sorted(c.line() for m in study.methods for c in m.chains.values())
+    chains = sorted(c.line() for m in methods for c in m.chains.values())
     (args.out / CHAINS).write_bytes(gzip.compress("".join(chains).encode(), mtime=0))
-    tables = {"grid": study.grid(), "chosen": study.chosen(), "matched": study.matched(), "robust": study.robust()}
-    if next(iter(study.vanilla[0].chains.values())).sampled[0]:
-        tables["collapse"] = study.collapse()
-        draw_collapse(study, args.out / "collapse.png")
-    for name, rows in tables.items():
+    names = ("tasks", "grid", "chosen", "matched", "robust", "collapse")
+    for name, rows in ((name, getattr(study, name)()) for name in names):
         write_csv(args.out / f"{name}.csv", rows)
         print(f"\n{name} (round {study.rounds})\n\n{markdown(rows)}" if rows else f"\n{name}: nothing to compare")
     if floor := study.at_majority():
         print(f"\nat the majority baseline, nothing to lose there: {', '.join(floor)}")
+    if study.left_out:
+        said = ", ".join(f"base {base} seed {seed}" for base, seed in study.left_out)
+        print(f"\nleft out, since not every method has them: {said}")
+    if unfinished:
+        print(f"\n{len(unfinished)} runs are not finished, and missing above: {', '.join(unfinished)}")
     draw(study, args.out / "frontier.png")
+    if study.has_samples:
+        draw_collapse(study, args.out / "collapse.png")
     return 0
 
 
