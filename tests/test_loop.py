@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, compose_config, deterministic_set, read_rounds, run_here
@@ -112,6 +113,33 @@ def test_ratio_0_stays_at_the_base(tmp_path: Path) -> None:
         k: v for k, v in first.items() if k != "round"
     }
     assert last["pre_merge/weights/change/layer_00"] > 0
+
+
+def test_a_bfloat16_copy_samples_and_the_weights_stay_float32(cold: Path, tmp_path: Path) -> None:
+    where = f"store.dir={tmp_path / 'store'}"
+    half = run_here(tmp_path / "half", where, "rounds=1", "sampler.dtype=bfloat16", "trainer.precision=bf16-mixed")
+    assert half["computed_in"] == {"device": "cpu", "sampler_dtype": "bfloat16", "trainer_precision": "bf16-mixed"}
+    made = read_weights(tmp_path / "half" / "rounds" / "01" / "model")
+    assert {w.dtype for w in made.values()} == {torch.float32}
+    assert any(not torch.equal(w, w.bfloat16().float()) for w in made.values())
+    # the same base answers alike in either, item for item but for a few
+    one, other = (json.loads((d / "rounds" / "00" / "scores.json").read_text()) for d in (cold, tmp_path / "half"))
+    pairs = [(a, b) for task in one for a, b in zip(one[task]["correct"], other[task]["correct"], strict=True)]
+    assert np.mean([a == b for a, b in pairs]) > 0.8
+    again = run_here(tmp_path / "whole", where, "rounds=1")
+    assert again["stages"]["reused"] == {}  # another dtype, another key
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bfloat16_where_the_device_is_fast_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(stages, "fast_at_bfloat16", lambda device: fast)
+    summary = run_here(
+        tmp_path / "run", "store=none", "rounds=1", "sampler.dtype=auto", "trainer.precision=auto"
+    )  # fmt: skip
+    expected = ("bfloat16", "bf16-mixed") if fast else ("float32", "32-true")
+    assert (summary["computed_in"]["sampler_dtype"], summary["computed_in"]["trainer_precision"]) == expected
 
 
 def test_merged_weights_follow_the_law(cold: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_head_is_not_shared_where_it_is_short_different_or_dropped_out(tiny: P
     other = ids.clone()
     other[1, 8] += 1
     assert sft.shared_columns(tiny.model, other, 9) == 8
-    tiny.model.config.attention_dropout = 0.1
+    tiny.model.config.attention_dropout = 0.1  # as a rate in the config, with no module that shows it
     assert sft.shared_columns(tiny.model.train(), ids, 9) == 0
     assert sft.shared_columns(tiny.model.eval(), ids, 9) == 9
 

@@ -93,8 +93,21 @@ def test_a_file_of_test_items_gives_them_all_and_nothing_to_train_on(file: str) 
         ("no number", None),
         ("", None),
         ("٣ is not read", None),  # a digit, but not one of ours
-        ("1e999999999", "999999999"),
-        ("9" * 40, None),  # too long to be read
+        ("the answer is .5.", ".5"),
+        ("the answer is -$3", "-3"),
+        ("the answer is \u22123", "-3"),
+        ("the answer is $18.", "18"),
+        ("the answer is 20%", "20"),
+        ("the answer is 5cm", "5"),
+        ("3.333...", "3.333"),
+        # what is not one plain number is no answer, and neither is a part of it
+        ("4 of them, the answer is 1/2", None),
+        ("the answer is 12e3", None),
+        ("1e999999999", None),
+        ("the answer is 10:30", None),
+        ("the answer is 1,2", None),
+        ("9" * 40, None),
+        ("3." + "3" * 40, None),
     ],
 )
 def test_reading_an_answer(text: str, read: str | None) -> None:
@@ -124,7 +137,7 @@ def test_a_gold_number_is_read_back_whatever_stands_before_it(number: Any, noise
     assert read is not None
     assert value(read) == number
     grouped = f"{number:,}"
-    assert [value(n) for n in numbers(f"x {grouped} y")] == [number]
+    assert [value(n) for n in numbers(f"x {grouped} y") if n] == [number]
 
 
 @given(st.text(max_size=300))
@@ -140,13 +153,23 @@ def test_any_text_has_a_verdict(text: str) -> None:
         (['{"question": "a", "answer": "1"}', "not json"], "line 2: expected"),
         (['{"question": "a", "answer": "1 apple"}'], "line 1: the answer '1 apple' is not one number"),
         (['{"question": "a", "answer": "1"}', '{"question": "a ", "answer": "2"}'], "line 2: .* has another answer"),
-        ([], "is empty"),
+        (["", " "], "is empty"),
+        (['{"question": "a", "answer": "1"}', "", '{"question": "\u00e9'], "line 3: expected"),
     ],
 )
 def test_a_bad_file_is_named_with_its_line(tmp_path: Path, lines: list[str], said: str) -> None:
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     with pytest.raises(TaskError, match=said):
         WordTask(str(tmp_path / "bad.jsonl"), "bad")
+
+
+def test_other_line_separators_and_encodings(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question": "one\u2028two\x85three", "answer": "1"}\n\n', encoding="utf-8")
+    (p,) = WordTask(str(tmp_path / "a.jsonl"), "a", holds="test").problems("test", 1, 0)
+    assert p.text == "one two three"
+    (tmp_path / "b.jsonl").write_bytes('{"question": "caf\u00e9", "answer": "1"}\n'.encode("latin-1"))
+    with pytest.raises(TaskError, match="line 1: expected"):
+        WordTask(str(tmp_path / "b.jsonl"), "b")
 
 
 def test_a_missing_file_and_too_many_shots_are_said(tmp_path: Path, file: str) -> None:
@@ -222,7 +245,7 @@ def test_bring_writes_the_file_once(
     pip("asdiv", "".join(json.dumps(r) + "\n" for r in records).encode())
     with caplog.at_level("INFO"):
         assert wordproblems.main(["--out", str(tmp_path / "data")]) == 0
-        assert "1 problems; left out: 1 no number, 1 question seen before" in caplog.text
+        assert "1 problems; left out: 1 not one number, 1 question seen before" in caplog.text
         assert (tmp_path / "data" / "asdiv.jsonl").read_text() == '{"question": "P. a?", "answer": "1"}\n'
         assert wordproblems.main(["--out", str(tmp_path / "data")]) == 0
     assert "nothing to do" in caplog.text

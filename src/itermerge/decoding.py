@@ -202,7 +202,9 @@ class _Batches:
         self.prefix, self.shared = DynamicCache(config=self.model.config), length
         tokens = torch.tensor([list(first[:length])], device=self.policy.device)
         self.model(input_ids=tokens, past_key_values=self.prefix, use_cache=True, **self.extra)
-        return length
+        if self.prefix.get_seq_length() != length:  # a model that keeps its past elsewhere
+            self.prefix, self.shared = None, 0
+        return self.shared
 
     def run(self, ids: Sequence[Sequence[int]], keys: np.ndarray | None) -> list[Completion]:
         """Completions of one batch; `ids` without what `share` took off."""

@@ -67,7 +67,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
                 scores=bench.evaluate(merged.model, t), layers=bench.analyze(tuned, merged.model),
             )  # fmt: skip
 
-    summary = record.summary(store, time.perf_counter() - started)
+    summary = record.summary(bench, time.perf_counter() - started)
     shutil.rmtree(private, ignore_errors=True)
     return summary
 
@@ -165,11 +165,14 @@ class RunRecord:
         if number:
             tracking.console.print(tracking.round_table(describe(self.cfg), self.rounds))
 
-    def summary(self, store: Store, seconds: float) -> dict[str, Any]:
+    def summary(self, bench: Bench, seconds: float) -> dict[str, Any]:
         """summary.json and timing.json; the summary."""
         best = max(range(len(self.rounds)), key=lambda t: (self.rounds[t]["val/id/acc"], -t))
-        tally = store.tally
+        tally = bench.store.tally
         summary = {
+            "computed_in": {
+                "device": bench.device, "sampler_dtype": bench.dtype, "trainer_precision": bench.precision
+            },
             "rounds": len(self.rounds) - 1, "final": self.rounds[-1], "base": self.rounds[0],
             "best_round_by_validation": best, "gap/superficiality": self.rounds[-1]["gap/superficiality"],
             "stages": {

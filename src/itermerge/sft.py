@@ -139,13 +139,18 @@ def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # a column's logits predict the next one
+    takes_columns = "logits_to_keep" in inspect.signature(model.forward).parameters
     shared, cache = shared_columns(model, ids, int(columns[0])), None
     if shared:
         cache = DynamicCache(config=model.config)
-        model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True)
+        last = {"logits_to_keep": 1} if takes_columns else {}
+        model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, **last)
+        if cache.get_seq_length() != shared:  # a model that keeps its past elsewhere, or under checkpointing nowhere
+            shared, cache = 0, None
+    if cache is not None:
         cache.batch_repeat_interleave(len(ids))
     inputs = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache, "use_cache": bool(shared)}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if takes_columns:
         logits = model(**inputs, logits_to_keep=columns - shared).logits
     else:
         logits = model(**inputs).logits[:, columns - shared]
@@ -161,10 +166,13 @@ def shared_columns(model: Any, ids: Tensor, most: int) -> int:
     length = most if bool(same.all()) else int(same.long().argmin())
     if len(ids) < 2 or length < SHARED_FROM or not keeps_every_key(model):
         return 0
-    drops = getattr(model.config, "attention_dropout", 0) or any(
-        isinstance(part, torch.nn.Dropout) and part.p for part in model.modules()
-    )
-    return 0 if model.training and drops else length
+    return 0 if model.training and has_dropout(model) else length
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether training draws anything at random: a dropout module, or a rate in the config (OPT's are functions)."""
+    rates = [v for k, v in model.config.to_dict().items() if "drop" in k and isinstance(v, int | float)]
+    return any(rates) or any(isinstance(part, torch.nn.Dropout) and part.p for part in model.modules())
 
 
 def lr_factor(step: int, steps: int, spec: FitSpec) -> float:

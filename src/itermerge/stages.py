@@ -21,7 +21,7 @@ from .config import ConfigError, MergeLinear, ModelLab, Root, TaskLab, TaskWords
 from .evaluation import Exam
 from .policy import Policy, Weights, digest_weights, read_weights, resolve, write_folder
 from .sft import Example, FitSpec, SftError, fit
-from .store import Artifact, Store, file_digest
+from .store import Artifact, Store, cpu_flags, file_digest
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
 from .tracking import progress
 
@@ -103,11 +103,10 @@ def device_of(accelerator: str) -> str:
 
 
 def fast_at_bfloat16(device: str) -> bool:
-    """Whether the device has instructions for it; what the `auto` of sampler.dtype and trainer.precision goes by."""
+    """Whether a GPU or an x86 CPU has instructions for it: what `auto` in sampler.dtype and trainer.precision means."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    return any(cpu_flags().values())
 
 
 class Bench:
@@ -116,12 +115,11 @@ class Bench:
     def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
         self.cfg, self.store, self.scratch = cfg, store, scratch
         self.device = device_of(cfg.trainer.accelerator)
-        fast = fast_at_bfloat16(self.device)
         self.dtype, self.precision = cfg.sampler.dtype, cfg.trainer.precision
         if self.dtype == "auto":
-            self.dtype = "bfloat16" if fast else "float32"
+            self.dtype = "bfloat16" if fast_at_bfloat16(self.device) else "float32"
         if self.precision == "auto":
-            self.precision = "bf16-mixed" if fast else "32-true"
+            self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
         kinds = sorted({s.kind for s in (cfg.task, *cfg.suite.near, *cfg.suite.far)})
         self.sampling = (*SAMPLING, *(f"tasks/{kind}.py" for kind in kinds))
         self.task = build_task(cfg.task)

@@ -203,6 +203,14 @@ def source_digest(modules: tuple[str, ...]) -> str:
     return sha.hexdigest()
 
 
+def cpu_flags() -> dict[str, bool]:
+    """The bfloat16 instructions of an x86 CPU, which torch's cpu_capability does not tell; empty on others."""
+    import torch
+
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return {flag: bool(able[flag]) for flag in ("amx_bf16", "avx512_bf16") if flag in able}
+
+
 def environment(device: str, threads: int) -> dict[str, Any]:
     """What floating-point results depend on besides code and inputs."""
     import torch
@@ -212,5 +220,6 @@ def environment(device: str, threads: int) -> dict[str, Any]:
         "device": device,
         "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": cpu_flags(),
         "threads": threads,
     }

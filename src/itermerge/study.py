@@ -24,8 +24,9 @@ at weights, never at test items; `robust` counts on test items, and is a descrip
 Intervals are 95% percentile bootstraps. Items are resampled within each task, alike for all chains, which answer the
 same items. Bases and seeds are crossed (a seed has the same problems on every base) and resampled independently, n - 1
 of n at a time (Rao and Wu, 1988), which makes the variance right for few of them. The tails are still those of three
-clusters: COVERAGE. So beside each difference stands how many units have its sign, as 8/9. Intervals are conditional on
-the choices. No torch is needed.
+clusters: in simulation (`benchmarks/coverage.py`) such an interval covers the truth in 82% of cases where bases or
+seeds differ most, in 95 to 98% where items do. So beside each difference stands how many units have its sign, as 8/9.
+Intervals are conditional on the choices. No torch is needed.
 """
 
 from __future__ import annotations

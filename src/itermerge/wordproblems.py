@@ -51,15 +51,19 @@ def asdiv_row(record: Mapping[str, Any]) -> Row | str:
         return "several answers"
     number = re.match(r"-?[0-9]+(\.[0-9]+)?(?=$| |%)(?!.*[0-9])", answer)
     if number is None:
-        return "no number"
-    return {"question": f"{record['passage'].strip()} {record['question'].strip()}", "answer": number.group()}
+        return "not one number"
+    return {"question": _plain(f"{record['passage']} {record['question']}"), "answer": number.group()}
 
 
 def gsm8k_row(record: Mapping[str, Any]) -> Row | str:
     """An evaluation request whose "doc" is {"question", "answer": "... #### 18"} as a row."""
     doc = record["doc"]
     _, mark, answer = doc["answer"].rpartition("#### ")
-    return {"question": doc["question"].strip(), "answer": answer.strip().replace(",", "")} if mark else "no ####"
+    return {"question": _plain(doc["question"]), "answer": answer.strip().replace(",", "")} if mark else "no ####"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 SOURCES: Mapping[str, Source] = {

@@ -42,13 +42,17 @@ SHOTS: tuple[tuple[str, str], ...] = (
      "He used 18 + 12 = 30 beads. So he has 50 - 30 = 20 beads now. The answer is 20."),
 )  # fmt: skip
 PART_UP_TO = {60: "train", 75: "validation", 100: "test"}  # per cent, cumulative
-_NUMBER = re.compile(r"(?<![0-9])-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,30})(?:\.[0-9]{1,30})?(?![0-9])", re.ASCII)
+# What stands together as a number, right or not; a minus after a digit or a bracket is an operator.
+_RUN = re.compile(r"(?:(?<![0-9)])[-\u2212])?\$?\.?[0-9][0-9.,/:]*(?:[eE][-+]?[0-9]+)?")
+_PLAIN = re.compile(r"-?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,30})(?:\.[0-9]{1,30})?|\.[0-9]{1,30})")
 _MARK = re.compile(r"answer is", re.IGNORECASE)
 
 
-def numbers(text: str) -> list[str]:
-    """The numbers of a text in order, as they stand there."""
-    return [m.group() for m in _NUMBER.finditer(text)]
+def numbers(text: str) -> list[str | None]:
+    """The numbers of a text in order, without currency signs; None for what is not one plain decimal number: a
+    fraction, a time, 1e9, more than 30 digits."""
+    runs = (m.group().rstrip(".,:/").replace("$", "").replace("\u2212", "-") for m in _RUN.finditer(text))
+    return [run if _PLAIN.fullmatch(run) else None for run in runs]
 
 
 def value(number: str) -> Decimal:
@@ -56,7 +60,8 @@ def value(number: str) -> Decimal:
 
 
 def read_answer(text: str) -> str | None:
-    """The last number after the last "answer is", else the last number of the text; None where there is none."""
+    """The last number after the last "answer is", else the last number of the text; None where there is none, or where
+    it is not a plain one."""
     *_, last = [0, *(m.end() for m in _MARK.finditer(text))]
     found = numbers(text[last:]) or numbers(text)
     return found[-1] if found else None
@@ -129,18 +134,21 @@ def rows(file: str) -> tuple[tuple[str, str], ...]:
     if not path.is_file():
         raise TaskError(f"task file {path} is not there; ASDiv and GSM8K's test set come with: make wordproblems")
     found: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            question, answer = " ".join(str(row["question"]).split()), str(row["answer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise TaskError(
-                f'{path}, line {number}: expected {{"question": ..., "answer": ...}}, got {line[:80]!r}'
-            ) from error
-        if _NUMBER.fullmatch(answer) is None:
-            raise TaskError(f"{path}, line {number}: the answer {answer[:80]!r} is not one number")
-        if found.setdefault(question, answer) != answer:
-            raise TaskError(f"{path}, line {number}: the question {question[:80]!r} has another answer further up")
+    with path.open("rb") as lines:  # its own newlines alone: JSON may hold others
+        for number, raw in enumerate(lines, 1):
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw)
+                question, answer = " ".join(str(row["question"]).split()), str(row["answer"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise TaskError(
+                    f'{path}, line {number}: expected {{"question": ..., "answer": ...}}, got {raw[:80]!r}'
+                ) from error
+            if _PLAIN.fullmatch(answer) is None:
+                raise TaskError(f"{path}, line {number}: the answer {answer[:80]!r} is not one number")
+            if found.setdefault(question, answer) != answer:
+                raise TaskError(f"{path}, line {number}: the question {question[:80]!r} has another answer further up")
     if not found:
         raise TaskError(f"{path} is empty")
     return tuple(found.items())
