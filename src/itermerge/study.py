@@ -517,17 +517,22 @@ class Study:
             rows.append(row)
         return rows
 
+    def longest(self) -> list[Method]:
+        """The methods with the longest chains, at learning rates that merged ones among them have."""
+        most = max(m.last for m in self.methods)
+        long = [m for m in self.methods if m.last == most]
+        rates = {m.lr for m in long if m.ratio < 1} or {m.lr for m in long}
+        return [m for m in long if m.lr in rates]
+
     def collapse(self) -> list[dict[str, Any]]:
-        """Held-out sampling over rounds, for the learning rates that vanilla and merged chains share, with the
-        difference to vanilla of the same learning rate, paired by problem and unit. Empty without held-out samples."""
+        """Held-out sampling over rounds in the longest chains, with the difference to vanilla of the same learning
+        rate, paired by problem and unit. Empty without held-out samples."""
         rows = []
-        twins = {(m.lr, m.other): m for m in self.vanilla}
-        for m in self.methods if self.has_samples else ():
-            control = twins.get((m.lr, m.other))
-            if control is None:
-                continue
-            last = min(m.last, control.last)
-            for number in (*range(0, last, 2), last) if last > 4 else range(last + 1):
+        methods = self.longest() if self.has_samples else []
+        twins = {(m.lr, m.other): m for m in methods if m.ratio == 1}
+        for m in methods:
+            control = twins.get((m.lr, m.other), m)
+            for number in (*range(0, m.last, 2), m.last) if m.last > 4 else range(m.last + 1):
                 mine = {u: c.sampled[number] for u, c in m.chains.items()}
                 theirs = {u: c.sampled[number] for u, c in control.chains.items()}
                 row: dict[str, Any] = {"method": m.name, "round": number}
@@ -573,6 +578,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def draw(study: Study, path: Path) -> None:
     """OOD against ID and OOD against drift, at the last round: a line a ratio over learning rates."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     sides = [g for g in ("OOD near", "OOD far") if g in study.groups]
     figure = Figure(figsize=(4.6 * len(sides), 7.6), layout="constrained")
@@ -602,6 +608,9 @@ def draw(study: Study, path: Path) -> None:
             axis.grid(alpha=0.25)
         axes[0][column].axvline(base["ID"], color="0.5", linestyle=":", linewidth=1)
         axes[1][column].set_xscale("log")
+        axes[1][column].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[1][column].xaxis.set_major_formatter("{x:g}")
+        axes[1][column].xaxis.set_minor_formatter(NullFormatter())
     axes[0][0].legend(fontsize=8)
     figure.suptitle(f"round {study.rounds}; a point a learning rate; dotted: base; bars: 95%", fontsize=10)
     figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -611,9 +620,8 @@ def draw_collapse(study: Study, path: Path) -> None:
     """Held-out sampling over rounds, vanilla and merged, for the learning rates with the longest chains."""
     from matplotlib.figure import Figure
 
-    longest = max(m.last for m in study.methods)
-    rates = {m.lr for m in study.methods if m.last == longest and m.ratio < 1} or {m.lr for m in study.methods}
-    methods = [m for m in study.methods if m.last == longest and m.lr in rates]
+    methods = study.longest()
+    longest = methods[0].last
     first = next(iter(methods[0].chains.values())).sampled[0]
     figure = Figure(figsize=(3.5 * len(first), 3.3), layout="constrained")
     axes: Any = figure.subplots(1, len(first), squeeze=False)[0]
