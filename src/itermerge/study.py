@@ -428,7 +428,7 @@ class Study:
                 control = self.best(vanilla, every_round)
                 at = self.best(own if every_round else [m for m in own if m.lr == control[0].lr], every_round)
                 row = {"chosen by": how, **self._compare(at, control)}
-                rates = sorted(m.lr for m in own)
+                rates = sorted(m.lr for m in settings[at[0].setting])
                 if len(rates) > 1 and at[0].lr in (rates[0], rates[-1]):
                     row["note"] = f"the {'lowest' if at[0].lr == rates[0] else 'highest'} rate tried"
                 rows.append(row)
