@@ -167,7 +167,7 @@ def test_grid_has_the_base_and_each_method_at_the_last_round(sweep: Path) -> Non
 
 
 def test_the_learning_rate_is_chosen_on_validation_items(sweep: Path) -> None:
-    shared, own = "vanilla's learning rate, last round", "own learning rate and round"
+    shared, own = "the one learning rate that all have, last round", "own learning rate and round"
     rows = {(r["chosen by"], r["method"]): r for r in Study(read([sweep])[0]).chosen()}
     # 4e-4 is the one rate that both have; left to itself vanilla takes 2e-4, in the middle of what was tried
     assert set(rows) == {

@@ -417,8 +417,9 @@ class Study:
         for m in sorted(self.methods, key=lambda m: -m.ratio):
             settings.setdefault(m.setting, []).append(m)
         shared = set.intersection(*({m.lr for m in own} for own in settings.values()))
+        same = "vanilla's learning rate" if len(shared) > 1 else "the one learning rate that all have"
         rows = []
-        for how, every_round in (("vanilla's learning rate, last round", False), ("own learning rate and round", True)):
+        for how, every_round in ((f"{same}, last round", False), ("own learning rate and round", True)):
             for own in settings.values():
                 vanilla = [m for m in self.vanilla if m.other == own[0].other]
                 if not every_round:
@@ -659,7 +660,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     (args.out / CHAINS).write_bytes(gzip.compress("".join(chains).encode(), mtime=0))
     names = ("tasks", "grid", "chosen", "matched", "robust", "collapse")
     for name, rows in ((name, getattr(study, name)()) for name in names):
-        write_csv(args.out / f"{name}.csv", rows)
+        if rows:
+            write_csv(args.out / f"{name}.csv", rows)
         print(f"\n{name} (round {study.rounds})\n\n{markdown(rows)}" if rows else f"\n{name}: nothing to compare")
     if floor := study.at_majority():
         print(f"\nat the majority baseline, nothing to lose there: {', '.join(floor)}")
