@@ -460,3 +460,82 @@ def test_wandb_that_does_not_start_is_said(tmp_path: Path, monkeypatch: pytest.M
 
 def test_jsonl_needs_no_tracker(tmp_path: Path) -> None:
     assert isinstance(cli.make_tracker(check(compose_config()), tmp_path), tracking.NullTracker)
+
+
+# --- whose weights are kept ----------------------------------------------------------------------------------------
+
+
+def _weights_in(folder: Path) -> dict[str, int]:
+    """The number of weight files by stage of a store."""
+    files = [f.relative_to(folder).parts[0] for f in folder.rglob("*.safetensors")]
+    return {stage: files.count(stage) for stage in sorted(set(files))}
+
+
+def _facts(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in deterministic_set(folder).items() if "/model/" not in name}
+
+
+@pytest.mark.parametrize("events", ["1", "last"])
+@pytest.mark.parametrize("keep", ["last", "none"])
+def test_weights_that_are_not_kept_change_no_result_and_are_made_again_where_needed(
+    keep: str, events: str, tmp_path: Path
+) -> None:
+    how = (f"merge.every_n_epochs={events}", "suite.pass_k_n=0")
+    run_here(tmp_path / "all", f"store.dir={tmp_path / 'other'}", *how, "rounds=3")
+    where = (f"store.dir={tmp_path / 'store'}", *how, f"store.keep={keep}")
+    run_here(tmp_path / "two", *where, "rounds=2")
+    shared = {"fit": 1} if (keep, events) == ("last", "last") else {}  # that of round 1: other ratios have it too
+    assert _weights_in(tmp_path / "store") == (shared | {"merge": 1} if keep == "last" else {})
+    models = [f.parent.parent.name for f in (tmp_path / "two").rglob("model.safetensors")]
+    assert models == (["02"] if keep == "last" else [])
+
+    summary = run_here(tmp_path / "three", *where, "rounds=3")  # goes on where the other run ended
+    assert summary["weights_kept"] == keep
+    assert _facts(tmp_path / "three") == _facts(tmp_path / "all")
+    again = {"fit": 2, "merge": 2} if keep == "none" else {}  # rounds 1 and 2, to have round 2's model
+    computed = summary["stages"]["computed"]
+    assert {stage: computed[stage] - 1 for stage in again} == again
+    if keep == "last":
+        assert computed == {"sample": 1, "verify": 1, "fit": 1, "merge": 1, "evaluate": 2, "analyze": 1}
+        models = {name: data for name, data in deterministic_set(tmp_path / "all").items() if "03/model" in name}
+        assert {n: d for n, d in deterministic_set(tmp_path / "three").items() if "/model/" in n} == models
+
+    warm = run_here(tmp_path / "warm", *where, "rounds=3")
+    assert warm["stages"]["computed"] == {}  # facts are enough
+
+
+def test_weights_that_another_run_keeps_are_not_dropped(tmp_path: Path) -> None:
+    where = f"store.dir={tmp_path / 'store'}"
+    run_here(tmp_path / "all", where, "store.keep=all")
+    before = _weights_in(tmp_path / "store")
+    assert before == {"fit": 2, "merge": 2}
+    run_here(tmp_path / "none", where, "store.keep=none")
+    assert _weights_in(tmp_path / "store") == before
+
+
+def test_a_mean_anchor_and_a_start_from_the_tuned_model_keep_what_they_read(tmp_path: Path) -> None:
+    how = ("merge.anchor=mean", "sft.start=tuned", "rounds=3", "suite.pass_k_n=0")
+    run_here(tmp_path / "all", f"store.dir={tmp_path / 'other'}", *how)
+    summary = run_here(tmp_path / "last", f"store.dir={tmp_path / 'store'}", *how, "store.keep=last")
+    assert summary["stages"]["computed"]["fit"] == summary["stages"]["computed"]["merge"] == 3  # none made twice
+    assert _facts(tmp_path / "last") == _facts(tmp_path / "all")
+    assert _weights_in(tmp_path / "store") == {"merge": 1}
+
+
+def test_auto_keeps_all_of_a_small_model_and_the_last_of_a_large_one() -> None:
+    from itermerge.upkeep import keep_of
+
+    cfg = check(compose_config())
+    assert [keep_of(cfg, size) for size in (1, 2**28, 2**28 + 1, 2**40)] == ["all", "all", "last", "last"]
+    assert keep_of(check(compose_config("store.keep=none")), 1) == "none"
+    assert keep_of(check(compose_config("store=none", "store.keep=all")), 2**40) == "all"
+
+
+def test_a_run_folder_stays_whole_without_the_store(tmp_path: Path) -> None:
+    import shutil
+
+    run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}")
+    before = deterministic_set(tmp_path / "run")
+    shutil.rmtree(tmp_path / "store")
+    assert deterministic_set(tmp_path / "run") == before
+    assert itermerge.load_run(tmp_path / "run").model().weights()

@@ -45,7 +45,8 @@ def _stage(at: Store, compute: Callable[[Path], Mapping[str, Any]], name: str = 
 
 
 def _files(root: Path) -> list[Path]:
-    return [f for f in root.rglob("*") if f.is_file()]
+    """All files but the locks, which are empty and stay."""
+    return [f for f in root.rglob("*") if f.is_file() and f.suffix != ".lock"]
 
 
 def test_computed_once_then_found_by_another_store(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_what_another_process_finished_meanwhile_stays_in_place(tmp_path: Path) 
     got = _stage(Store(tmp_path / "mine", ENVIRONMENT), slow)
     copied = {f: f.stat().st_ino for f in _files(theirs)}
     assert (got.folder, got.files) == (theirs, other.files)
-    assert [f.name for f in theirs.parent.iterdir()] == [theirs.name]  # no leftovers
+    assert {f.name for f in theirs.parent.iterdir()} == {theirs.name, f"{theirs.name}.lock"}  # no leftovers
     # copytree keeps the times of files, a new artifact has new ones
     assert (theirs / "out.txt").stat().st_mtime_ns == (other.folder / "out.txt").stat().st_mtime_ns
     assert copied

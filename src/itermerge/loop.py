@@ -25,6 +25,7 @@ from . import stages, tracking
 from .config import Root, StoreLocal
 from .stages import Anchor, Bench, EmptyRound, Merged, Model
 from .store import Artifact, Store, environment, place
+from .upkeep import check_space
 
 log = logging.getLogger(__name__)
 
@@ -34,12 +35,13 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
     private = folder / "stages"  # store=none: stages live in the run folder until the run is done
     root = Path(cfg.store.dir).expanduser() if isinstance(cfg.store, StoreLocal) else private
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        store = Store(root, environment(stages.device_of(cfg.trainer.accelerator), cfg.threads))
+    store = Store(root, environment(stages.device_of(cfg.trainer.accelerator), cfg.threads))
+    with tempfile.TemporaryDirectory() as scratch, store:
         bench = Bench(cfg, store, Path(scratch))
+        check_space([cfg], bench.size, root, folder)
         record = RunRecord(cfg, folder, tracker)
-        history, examples, tuned = [bench.base], [], bench.base
-        record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base, 1.0, 0.0))
+        history, examples, tuned, made = [bench.base], [], bench.base, []
+        record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base, 1.0))
         look_at_base(record.rounds[0])
 
         for t in range(1, cfg.rounds + 1):
@@ -52,7 +54,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
                     bench,
                     t,
                     samples=samples,
-                    merged=Merged(history[-1], 1.0, 0.0),
+                    merged=Merged(history[-1], 1.0),
                     scores=bench.evaluate(history[-1], t),
                 )
                 continue
@@ -64,12 +66,30 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
             record.write(
                 bench, t, samples=samples, fitted=fitted, tuned=tuned, merged=merged,
                 pre_scores=bench.evaluate(tuned, t) if cfg.suite.pre_merge else None,
-                scores=bench.evaluate(merged.model, t), layers=bench.analyze(tuned, merged.model),
+                scores=bench.evaluate(merged.model, t), layers=bench.analyze(tuned, merged.model, anchor),
             )  # fmt: skip
+            made += [(t, tuned), (t, merged.model)]
+            drop_weights(bench, made, history, tuned, done=t == cfg.rounds)
 
     summary = record.summary(bench, time.perf_counter() - started)
     shutil.rmtree(private, ignore_errors=True)
     return summary
+
+
+def drop_weights(bench: Bench, made: list[tuple[int, Model]], history: list[Model], tuned: Model, done: bool) -> None:
+    """store.keep=last or none: drops the weights that no later round reads. Those of the last round stay under `last`,
+    and the fit of round 1 if runs with other ratios share it. What was dropped is computed again where it is needed."""
+    if bench.keep == "all":
+        return
+    wanted = [] if done and bench.keep == "none" else [history[-1]]
+    if not done:
+        wanted += [tuned] if bench.cfg.sft.start == "tuned" else []
+        wanted += history if getattr(bench.cfg.merge, "anchor", "base") == "mean" else []
+    if bench.keep == "last":
+        wanted += [model for t, model in made[:1] if bench.shared_fit(t)]
+    for _, model in made:
+        if model.digest not in {bench.base.digest, *(m.digest for m in wanted)}:
+            bench.store.drop_weights(model.folder)
 
 
 def unique(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -134,10 +154,12 @@ class RunRecord:
         if fitted:
             metrics |= {
                 "sft/loss": fitted.facts["losses"][-1], "merge/ratio": merged.ratio,
-                "merge/effective_ratio": bench.effective_ratio(), "merge/anchor_distance": merged.anchor_distance,
+                "merge/effective_ratio": bench.effective_ratio(),
             }  # fmt: skip
         if layers:
-            metrics |= {"weights/drift": layers.facts["drift"]}
+            metrics |= {
+                "weights/drift": layers.facts["drift"], "merge/anchor_distance": layers.facts["anchor_distance"]
+            }  # fmt: skip
             metrics |= stages.layer_metrics(json.loads((layers.folder / "layers.json").read_text()))
         if self.rounds:
             first = self.rounds[0]
@@ -150,10 +172,8 @@ class RunRecord:
         for artifact in filter(None, (samples, scores, held_out, layers)):
             for name in artifact.files:
                 place(artifact.folder / name, folder / name)
-        if number:
-            for file in sorted(merged.model.folder.iterdir()):
-                if file.is_file() and file.name not in ("manifest.json", "timing.json"):
-                    place(file, folder / "model" / file.name, link=merged.model.folder != bench.base.folder)
+        if number and (bench.keep == "all" or (bench.keep == "last" and number == self.cfg.rounds)):
+            bench.place_model(merged.model, folder / "model")
         self.rounds.append(metrics)
         self.file.add(number, metrics)
         (folder / "round.json").write_text(
@@ -173,7 +193,8 @@ class RunRecord:
             "computed_in": {
                 "device": bench.device, "sampler_dtype": bench.dtype, "trainer_precision": bench.precision
             },
-            "rounds": len(self.rounds) - 1, "final": self.rounds[-1], "base": self.rounds[0],
+            "weights_kept": bench.keep, "rounds": len(self.rounds) - 1,
+            "final": self.rounds[-1], "base": self.rounds[0],
             "best_round_by_validation": best, "gap/superficiality": self.rounds[-1]["gap/superficiality"],
             "stages": {
                 "computed": tally.computed, "reused": tally.reused, "seconds_saved": round(tally.seconds_saved, 2)

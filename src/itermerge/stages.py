@@ -9,44 +9,51 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from . import analysis, evaluation, merging
 from .config import ConfigError, MergeLinear, ModelLab, Root, TaskLab, TaskWords, label
 from .evaluation import Exam
-from .policy import Policy, Weights, digest_weights, read_weights, resolve, write_folder
+from .policy import WEIGHTS_FILE, Policy, Weights, digest_weights, read_weights, resolve, write_folder
 from .sft import Example, FitSpec, SftError, fit
-from .store import Artifact, Store, cpu_flags, file_digest
+from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
 from .tracking import progress
+from .upkeep import keep_of
 
+T = TypeVar("T")
 SAMPLING = ("policy.py", "decoding.py", "evaluation.py", "tasks/__init__.py")
 FITTING = ("policy.py", "sft.py", "merging.py", "tasks/__init__.py")
 LAB = Path(__file__).parent / "lab"  # the base models in the package, seed0 and on
 LAB_SEED0 = LAB / "seed0"
+NOT_THE_MODEL = (MANIFEST, DROPPED, KEPT, "timing.json")  # beside a model's files in its artifact
 VALIDATION_SEED = "validation"  # validation problems are the same in every run of a suite.seed
 
 
 @dataclass(frozen=True)
 class Model:
-    """Weights in a folder; `digest` is of their content and of the tokenizer, not of the files that hold them."""
+    """Weights in a folder; `digest` is of their content and of the tokenizer, not of the files that hold them.
+
+    `restore` computes weights again that were dropped (`store.keep`); the base has none.
+    """
 
     folder: Path
     digest: str
+    restore: Callable[[], Artifact] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class Merged:
-    """theta_hat_t, and what its last merge event did."""
+    """theta_hat_t, and the ratio of its last merge event."""
 
     model: Model
     ratio: float
-    anchor_distance: float
 
 
 class EmptyRound(RuntimeError):
@@ -151,6 +158,8 @@ class Bench:
         self.base = Model(folder, self._digest(self.policy.weights()))
         self.base_weights = {k: v.to("cpu").clone() for k, v in self.policy.weights().items()}
         self.loaded = self.base.digest
+        self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
+        self.keep = store.keep = keep_of(cfg, self.size)
         self._check_lengths(first)
 
     def _check_lengths(self, first: Sequence[Problem]) -> None:
@@ -295,26 +304,26 @@ class Bench:
             }
         inputs = {"start": start.digest, "examples": _digest_json(list(examples)), "spec": dataclasses.asdict(spec),
                   "events": events, "seed": seed}  # fmt: skip
-        made = self.store.stage("fit", inputs, compute, modules=FITTING)
-        return Model(made.folder, made.facts["digest"]), made
+        stage = partial(self.store.stage, "fit", inputs, compute, modules=FITTING)
+        made = stage()
+        return Model(made.folder, made.facts["digest"], partial(stage, whole=True)), made
 
     def merge(self, tuned: Model, anchor: Anchor) -> Merged:
         """The merged model theta_hat_t: the round's last merge event. At ratio 1 it is the tuned model itself."""
         ratio = self._ratio()
         if ratio == 1:
-            away = analysis.relative_distance(anchor.weights(), self._weights(tuned))
-            return Merged(tuned, 1.0, away)
+            return Merged(tuned, 1.0)
         rule = self._merge_config().kind
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            start = anchor.weights()
-            merged = merging.merge(rule, start, self._weights(tuned), ratio)
+            merged = merging.merge(rule, anchor.weights(), self._weights(tuned), ratio)
             write_folder(folder, merged, self.base.folder)
-            return {"digest": self._digest(merged), "anchor_distance": analysis.relative_distance(start, merged)}
+            return {"digest": self._digest(merged)}
 
         inputs = {"tuned": tuned.digest, "anchor": anchor.digest, "rule": rule, "ratio": ratio}
-        made = self.store.stage("merge", inputs, compute, modules=("merging.py", "policy.py", "analysis.py"))
-        return Merged(Model(made.folder, made.facts["digest"]), ratio, made.facts["anchor_distance"])
+        stage = partial(self.store.stage, "merge", inputs, compute, modules=("merging.py", "policy.py"))
+        made = stage()
+        return Merged(Model(made.folder, made.facts["digest"], partial(stage, whole=True)), ratio)
 
     def evaluate(self, model: Model, number: int) -> Artifact:
         """scores.json: greedy verdicts on the test items of every task, and on the ID task's validation items."""
@@ -365,18 +374,41 @@ class Bench:
                   "how": how, "seed": seed} | self._dtype()  # fmt: skip
         return self.store.stage("held_out", inputs, compute, modules=self.sampling)
 
-    def analyze(self, tuned: Model, merged: Model) -> Artifact:
-        """layers.json: weight change against the base by layer and kind, before and after the last merge event."""
+    def analyze(self, tuned: Model, merged: Model, anchor: Anchor) -> Artifact:
+        """layers.json: weight change against the base by layer and kind, before and after the last merge event. Facts:
+        the merged model's relative distance from the base and from the round's anchor."""
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            after = analysis.layer_change(self.base_weights, self._weights(merged))
+            now = self._weights(merged)
+            after = analysis.layer_change(self.base_weights, now)
             same = tuned.digest == merged.digest
             before = after if same else analysis.layer_change(self.base_weights, self._weights(tuned))
             _write_json(folder / "layers.json", {"pre_merge": before, "merged": after})
-            return {"drift": analysis.relative_distance(self.base_weights, self._weights(merged))}
+            return {
+                "drift": analysis.relative_distance(self.base_weights, now),
+                "anchor_distance": analysis.relative_distance(anchor.weights(), now),
+            }
 
-        inputs = {"base": self.base.digest, "tuned": tuned.digest, "merged": merged.digest}
+        inputs = {
+            "base": self.base.digest, "tuned": tuned.digest, "merged": merged.digest, "anchor": anchor.digest,
+        }  # fmt: skip
         return self.store.stage("analyze", inputs, compute, modules=("analysis.py", "policy.py"))
+
+    # --- weights on disk --------------------------------------------------------------------------------------------
+
+    def place_model(self, model: Model, target: Path) -> None:
+        """Puts a model's files into a run folder."""
+
+        def put(folder: Path) -> None:
+            for file in sorted(folder.iterdir()):
+                if file.is_file() and file.name not in NOT_THE_MODEL:
+                    place(file, target / file.name, link=folder != self.base.folder)
+
+        self._whole(model, put)
+
+    def shared_fit(self, number: int) -> bool:
+        """Whether runs with other ratios have the same fit: in round 1, without merge events inside it."""
+        return number == 1 and len(self._events()) == 1
 
     # --- figures -----------------------------------------------------------------------------------------------
 
@@ -391,7 +423,19 @@ class Bench:
         return _digest_json([digest_weights(weights), self.extras])
 
     def _weights(self, model: Model) -> Weights:
-        return self.base_weights if model.digest == self.base.digest else read_weights(model.folder)
+        return self.base_weights if model.digest == self.base.digest else self._whole(model, read_weights)
+
+    def _whole(self, model: Model, use: Callable[[Path], T]) -> T:
+        """use(folder of the model), its weights computed again if they were dropped."""
+        for _ in range(10):  # another run may drop them between the two lines
+            if model.restore is not None and not (model.folder / WEIGHTS_FILE).exists():
+                model.restore()
+            try:
+                return use(model.folder)
+            except FileNotFoundError:
+                if model.restore is None:
+                    raise
+        raise FileNotFoundError(f"{model.folder}: other runs keep dropping its weights; use store.keep=all")
 
     def _load(self, model: Model) -> Policy:
         if self.loaded != model.digest:

@@ -2,6 +2,10 @@
 
 An artifact is a folder of read-only files with `manifest.json` written last: its presence means that the stage is
 whole. Every use checks the files against the manifest's digests; a damaged artifact is said, removed and recomputed.
+
+Several runs may share a store. Who computes a stage holds the lock of its key, which the system frees when the holder
+dies; the others wait and then find the artifact, which appears whole, by one rename. Weights may be dropped
+(`store.keep`): the facts stay, and whoever needs the weights has them computed again, to the same digest.
 """
 
 from __future__ import annotations
@@ -13,19 +17,27 @@ import logging
 import os
 import platform
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 log = logging.getLogger(__name__)
+journal = logging.getLogger(f"{__name__}.journal")  # one line for each stage started, made, found; to run.log alone
 MANIFEST = "manifest.json"
+DROPPED = "dropped.json"  # names of files that are not kept; the manifest still has their digests
+KEPT = "kept"  # marks weights that a run with store.keep=all wants
+RUNS = "runs"  # a lock file for each run that uses the store
 SOURCE = Path(__file__).parent
+WEIGHTS = ".safetensors"
 
 
 class StoreError(RuntimeError):
@@ -59,10 +71,13 @@ class Tally:
 
 
 class Store:
-    """Artifacts under `root`, one folder a key."""
+    """Artifacts under `root`, one folder a key. Within `with store:` the artifacts that it uses are safe from `prune`.
 
-    def __init__(self, root: Path, environment: Mapping[str, Any]) -> None:
-        self.root, self.environment, self.tally = Path(root), dict(environment), Tally()
+    `keep` is what becomes of weights: `all` marks them, so that no other run drops them from the store.
+    """
+
+    def __init__(self, root: Path, environment: Mapping[str, Any], keep: str = "all") -> None:
+        self.root, self.environment, self.keep, self.tally = Path(root), dict(environment), keep, Tally()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
@@ -71,6 +86,18 @@ class Store:
             raise StoreError(
                 f"store.dir: cannot write to {self.root} ({error.strerror}); give another store.dir, or store=none"
             ) from error
+        if doubt := locks_in_doubt(self.root):
+            log.warning("store.dir: %s", doubt)
+
+    def __enter__(self) -> Store:
+        (self.root / RUNS).mkdir(exist_ok=True)
+        self.lease = lock_file(self.root / RUNS / f"{socket.gethostname()}-{os.getpid()}-{id(self):x}.lock")
+        self.lease.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lease.release()
+        Path(self.lease.lock_file).unlink(missing_ok=True)
 
     def stage(
         self,
@@ -79,24 +106,83 @@ class Store:
         compute: Callable[[Path], Mapping[str, Any]],
         *,
         modules: tuple[str, ...],
+        whole: bool = False,
     ) -> Artifact:
         """The artifact of stage `name` for these inputs: found, or made by `compute(folder)`.
 
         `compute` writes its files into the folder and returns facts (JSON); `modules` are the files of the package
-        that take part in computing it, as `sft.py`.
+        that take part in computing it, as `sft.py`. Of one key, one process at a time computes; others wait for it.
+        An artifact whose weights were dropped counts as found, unless it must be `whole`.
         """
         started = time.perf_counter()
         what = {"stage": name, "source": source_digest(modules), "environment": self.environment, **inputs}
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         folder = self.root / name / key[:2] / key
-        found = self._find(folder, key)
-        if found is not None:
-            self._count(name, self.tally.reused, 0.0, started)
+        seconds = waited = 0.0
+        counts, got = self.tally.reused, self._find(folder, key, whole)
+        if got is None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock(folder, name) as waited:
+                got = self._find(folder, key, whole)  # another may have made it meanwhile
+                if got is None:
+                    expected = self._forget(folder)
+                    got, seconds = self._make(name, key, folder, compute, what)
+                    counts = self.tally.computed
+                    if expected not in (None, got.digest):
+                        raise StoreError(
+                            f"stage {name!r} gave other bytes than before its weights were dropped ({folder}); what "
+                            "was made from the former ones cannot go on. Use a new store.dir, or store.keep=all"
+                        )
+        if self.keep == "all" and any(file.endswith(WEIGHTS) for file in got.files):
+            (folder / KEPT).touch()
+        if counts is self.tally.reused:
+            journal.info("found %s %s", name, key[:16])
+            with suppress(OSError):
+                os.utime(folder / MANIFEST)  # the time of its last use, for `itermerge-store prune`
             with suppress(OSError, ValueError, KeyError):  # a lost duration is no damage
                 self.tally.seconds_saved += json.loads((folder / "timing.json").read_text())["seconds"]
-            return found
-        work = folder.with_name(f"{key}.tmp{os.getpid()}")
-        shutil.rmtree(work, ignore_errors=True)
+        counts[name] = counts.get(name, 0) + 1
+        self.tally.seconds.append(
+            {"stage": name, "seconds": round(seconds, 4), "reused": counts is self.tally.reused}
+            | ({"waited": round(waited, 4)} if waited > 0.05 else {})
+        )
+        self.tally.seconds_store += time.perf_counter() - started - seconds - waited
+        return got
+
+    def drop_weights(self, folder: Path) -> None:
+        """Removes an artifact's weights, unless a run with keep=all has used them; its facts and digests stay."""
+        if (folder / KEPT).exists() or not (folder / MANIFEST).exists() or (folder / DROPPED).exists():
+            return
+        names = sorted(str(f.relative_to(folder)) for f in folder.rglob(f"*{WEIGHTS}"))
+        with self._lock(folder, folder.parent.parent.name):
+            partial = folder / f"{DROPPED}.tmp"
+            partial.write_text(json.dumps(names))
+            os.replace(partial, folder / DROPPED)  # first said, then done
+            for name in names:
+                (folder / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _lock(self, folder: Path, name: str) -> Iterator[float]:
+        """The key's lock; seconds that it took to get it."""
+        lock, started = lock_file(folder.with_name(f"{folder.name}.lock")), time.perf_counter()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.info("stage %s is being computed by another run; waiting for it", name)
+            lock.acquire(poll_interval=0.05)
+        waited = time.perf_counter() - started
+        try:
+            for left in folder.parent.glob(f"{folder.name}.tmp*"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            yield waited
+        finally:
+            lock.release()  # its file stays, as filelock would have it; `prune` removes it with its artifact
+
+    def _make(
+        self, name: str, key: str, folder: Path, compute: Callable[[Path], Mapping[str, Any]], what: dict[str, Any]
+    ) -> tuple[Artifact, float]:
+        journal.info("started %s %s", name, key[:16])
+        work = folder.with_name(f"{key}.tmp-{socket.gethostname()}-{os.getpid()}")
         try:
             work.mkdir(parents=True)
             at = time.perf_counter()
@@ -112,33 +198,25 @@ class Store:
             raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        self._count(name, self.tally.computed, seconds, started)
-        return made
+        journal.info("made %s %s in %.2f s", name, key[:16], seconds)
+        return made, seconds
 
-    def _count(self, name: str, counts: dict[str, int], seconds: float, started: float) -> None:
-        counts[name] = counts.get(name, 0) + 1
-        self.tally.seconds.append({"stage": name, "seconds": round(seconds, 4), "reused": counts is self.tally.reused})
-        self.tally.seconds_store += time.perf_counter() - started - seconds
+    def _find(self, folder: Path, key: str, whole: bool) -> Artifact | None:
+        if not (folder / MANIFEST).is_file() or (whole and (folder / DROPPED).is_file()):
+            return None
+        manifest, problem = examine(folder)
+        return None if problem else Artifact(folder, key, manifest["facts"], manifest["files"])
 
-    def _find(self, folder: Path, key: str) -> Artifact | None:
+    def _forget(self, folder: Path) -> str | None:
+        """Removes what is damaged or has dropped weights; of the latter, the digest that it had. Under the lock."""
         if not folder.is_dir():
             return None
-        problem = None
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            if manifest.pop("digest") != _digest_manifest(manifest):
-                raise ValueError(f"{MANIFEST} does not match its digest")
-            for name, digest in manifest["files"].items():
-                if file_digest(folder / name) != digest:
-                    problem = f"{name} does not match its digest"
-                    break
-            else:
-                return Artifact(folder, key, manifest["facts"], manifest["files"])
-        except (OSError, ValueError, KeyError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        log.warning("damaged artifact %s (%s): removed, computing it again", folder, problem)
+        manifest, problem = examine(folder)
         shutil.rmtree(folder)
-        return None
+        if problem:
+            log.warning("damaged artifact %s (%s): removed, computing it again", folder, problem)
+            return None
+        return Artifact(folder, "", {}, manifest["files"]).digest
 
     def _seal(
         self, work: Path, folder: Path, key: str, facts: dict[str, Any], what: dict[str, Any], seconds: float
@@ -152,13 +230,64 @@ class Store:
             (work / name).chmod(0o444)
         try:
             os.replace(work, folder)
-        except OSError as error:
+        except OSError as error:  # another machine that our lock did not reach: its artifact may be in use already
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            log.info("stage %s was made by another run at the same time; that one is kept", folder.parent.parent.name)
-            if theirs := self._find(folder, key):
+            if theirs := self._find(folder, key, False):
                 return theirs
+            raise
         return Artifact(folder, key, facts, digests)
+
+
+def examine(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """The manifest of an artifact, and what is wrong with it or with its files (None: whole, or weights dropped)."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest.pop("digest") != _digest_manifest(manifest):
+            return {}, f"{MANIFEST} does not match its digest"
+        dropped = json.loads((folder / DROPPED).read_text()) if (folder / DROPPED).is_file() else []
+        for name, digest in manifest["files"].items():
+            if name not in dropped and file_digest(folder / name) != digest:
+                return manifest, f"{name} does not match its digest"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return {}, f"{type(error).__name__}: {error}"
+    return manifest, None
+
+
+def lock_file(path: Path) -> FileLock:
+    """A lock that the system frees when its holder dies. Where the file system has no such locks, filelock warns and
+    takes a lock by existence, which notices a dead holder on the same machine alone."""
+    return FileLock(path)
+
+
+@cache
+def locks_in_doubt(root: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """What to know about locks between machines when `root` lies on a network file system that has them only locally;
+    None where all is well, or cannot be told."""
+    try:
+        lines = [line.split() for line in mounts.read_text().splitlines()]
+    except OSError:
+        return None
+    above = [p.as_posix() for p in (root.resolve(), *root.resolve().parents)]
+    mine = [line for line in lines if line[4].replace("\\040", " ") in above]
+    if not mine:
+        return None
+    line = max(mine, key=lambda words: len(words[4]))  # the innermost mount; of several there, the last
+    line = [words for words in mine if words[4] == line[4]][-1]
+    kind, options = line[line.index("-") + 1], ",".join(line[line.index("-") + 3 :])
+    local = {"nfs": ("nolock", "local_lock=all", "local_lock=flock"), "nfs4": ("local_lock=all", "local_lock=flock")}
+    loose = any(option in options.split(",") for option in local.get(kind, ()))
+    if kind == "lustre":
+        loose = "flock" not in options.split(",")
+    if kind in ("cifs", "smb3"):
+        loose = "nobrl" in options.split(",")
+    if not loose:
+        return None
+    return (
+        f"{root} is on {kind}, mounted so that locks do not reach other machines: runs on several machines may compute "
+        "the same stage twice (results stay right: an artifact appears whole, by one rename). Mount it with locks, or "
+        "give a store.dir to each machine"
+    )
 
 
 def _digest_manifest(manifest: Mapping[str, Any]) -> str:

@@ -1,0 +1,337 @@
+"""What keeps a store usable: its list, its check, its pruning (`itermerge-store`), and disk space before costly work.
+
+    itermerge-store list [--stage fit] [--sort size|age]
+    itermerge-store verify [--remove]
+    itermerge-store prune --older-than 30d [--stage sample] [--weights] [--dry-run]
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import struct
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+from rich.console import Console
+from rich.table import Table
+
+from .config import ModelLab, Root
+from .store import DROPPED, MANIFEST, RUNS, WEIGHTS, StoreError, examine, lock_file
+
+KEEP_ALL_UP_TO = 256 * 2**20  # bytes of float32 weights up to which store.keep=auto means all
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+
+
+# --- disk space before a run or a sweep ----------------------------------------------------------------------------
+
+
+def keep_of(cfg: Root, size: int) -> str:
+    """What `store.keep` means for a model of `size` bytes in float32: all, last or none."""
+    if cfg.store.keep != "auto":
+        return cfg.store.keep
+    return "all" if size <= KEEP_ALL_UP_TO else "last"
+
+
+def need(cfgs: Sequence[Root], size: int) -> tuple[int, int]:
+    """Upper bounds, in bytes, of the weights that runs put into the store and, where those cannot be hard links to it,
+    into their run folders. Runs that differ in `rounds` alone are one chain, whose stages they share."""
+    chains: dict[str, list[Root]] = {}
+    for cfg in cfgs:
+        plain = dataclasses.asdict(cfg)
+        own = ("rounds", "sweep", "store", "paths", "logger", "optimized_metric")
+        chains.setdefault(json.dumps({k: v for k, v in plain.items() if k not in own}, sort_keys=True), []).append(cfg)
+    store = run = 0
+    for group in chains.values():
+        keep, rounds = keep_of(group[0], size), max(c.rounds for c in group)
+        whole = getattr(group[0].merge, "ratio", 1.0) == 1.0  # the merged model is the tuned one
+        store += {"all": rounds * (1 if whole else 2), "last": len(group) + 1, "none": 0}[keep]
+        run += {"all": sum(c.rounds for c in group), "last": len(group), "none": 0}[keep]
+    return (store + 3) * size, run * size  # a round has its start, its tuned and its merged model in hand
+
+
+def check_space(cfgs: Sequence[Root], size: int, store: Path, runs: Path) -> None:
+    """Raises StoreError, with the ways out, when the weights of these runs would not fit on the disks."""
+    if not all(cfg.store.check_space for cfg in cfgs):
+        return
+    into_store, into_runs = need(cfgs, size)
+    store, runs = _existing(store), _existing(runs)
+    wanted = {store: into_store}
+    if store.stat().st_dev != runs.stat().st_dev:
+        wanted[runs] = into_runs
+    for folder, amount in wanted.items():
+        free = shutil.disk_usage(folder).free
+        if amount > free:
+            kept = keep_of(cfgs[0], size)
+            raise StoreError(
+                f"store.keep: the weights of {len(cfgs)} run{'s' * (len(cfgs) > 1)} may need {_bytes(amount)} at "
+                f"{folder}, where {_bytes(free)} are free (a copy has {_bytes(size)}; store.keep is {kept!r}). Use "
+                "store.keep=last or none, another store.dir, or free space with: itermerge-store prune; "
+                "store.check_space=false skips this estimate, which counts stages that are there already"
+            )
+
+
+def weights_size(cfg: Root) -> int | None:
+    """Bytes of the model's weights in float32, from the headers of its files; None for one that is not here yet."""
+    if isinstance(cfg.model, ModelLab):
+        shipped = Path(__file__).parent / "lab" / f"seed{cfg.model.seed}"
+        folder = shipped if shipped.is_dir() else Path(cfg.paths.models).expanduser() / f"lab-seed{cfg.model.seed}"
+    else:
+        folder = Path(cfg.model.path).expanduser()
+    files = sorted(folder.glob(f"*{WEIGHTS}")) if folder.is_dir() else []
+    return sum(map(_elements, files)) * 4 if files else None
+
+
+def _elements(file: Path) -> int:
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header: dict[str, Any] = json.loads(opened.read(length))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            count = 1
+            for side in tensor["shape"]:
+                count *= side
+            total += count
+    return total
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+# --- the store's artifacts -----------------------------------------------------------------------------------------
+
+
+def default_store() -> Path:
+    """store.dir of a config without overrides."""
+    return Path(os.environ.get("ITERMERGE_HOME", "~/.cache/itermerge")).expanduser() / "store"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An artifact as it lies there: bytes of its files, those of them that run folders hold too, time of last use."""
+
+    folder: Path
+    stage: str
+    size: int
+    linked: int
+    used: float
+
+    def inputs(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / MANIFEST).read_text())["inputs"]
+        except (OSError, ValueError, KeyError):
+            return {}
+
+
+def artifacts(root: Path) -> Iterator[Kept]:
+    """The artifacts under `root`, finished or damaged."""
+    for folder in sorted(root.glob("*/??/*")):
+        if not folder.is_dir() or ".tmp" in folder.name or len(folder.name) != 64:
+            continue
+        stats = [f.stat() for f in folder.rglob("*") if f.is_file()]
+        manifest = folder / MANIFEST
+        used = manifest.stat().st_mtime if manifest.is_file() else folder.stat().st_mtime
+        linked = sum(s.st_size for s in stats if s.st_nlink > 1)
+        yield Kept(folder, folder.parent.parent.name, sum(s.st_size for s in stats), linked, used)
+
+
+def verify(root: Path) -> list[tuple[Kept, str]]:
+    """The damaged artifacts, and what is wrong with each."""
+    found = ((kept, examine(kept.folder)[1]) for kept in artifacts(root))
+    return [(kept, problem) for kept, problem in found if problem]
+
+
+def oldest_run(root: Path) -> float | None:
+    """When the longest-running of the runs that use the store now began; None when there is none."""
+    starts = []
+    for file in (root / RUNS).glob("*.lock"):
+        lock, began = lock_file(file), file.stat().st_mtime if file.exists() else time.time()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            starts.append(began)
+        else:  # its run has ended, or was killed
+            file.unlink(missing_ok=True)
+            lock.release()
+    return min(starts, default=None)
+
+
+def prune(
+    root: Path, older: float, *, stage: str | None = None, weights: bool = False, dry_run: bool = False
+) -> tuple[list[Kept], int]:
+    """Removes artifacts not used for `older` seconds (with `weights`: only their weights); those removed, and the
+    number of leftovers of killed runs that were removed as well. What a run that is under way has used stays."""
+    running = oldest_run(root)
+    limit = min(time.time() - older, running if running is not None else float("inf"))
+    removed = []
+    for kept in artifacts(root):
+        if kept.used > limit or (stage and kept.stage != stage):
+            continue
+        if weights and ((kept.folder / DROPPED).exists() or not list(kept.folder.glob(f"*{WEIGHTS}"))):
+            continue
+        if not dry_run and not _remove(kept, limit, weights):
+            continue
+        removed.append(kept)
+    left = [f for f in root.glob("*/??/*.tmp*") if f.stat().st_mtime <= limit]
+    if not dry_run:
+        for folder in left:
+            with_lock = lock_file(folder.with_name(f"{folder.name.partition('.tmp')[0]}.lock"))
+            try:
+                with with_lock.acquire(timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)
+            except Timeout:  # not a leftover: it is being computed
+                continue
+        for file in root.glob("*/??/*.lock"):  # of artifacts that are gone
+            if not file.with_suffix("").exists():
+                try:
+                    with lock_file(file).acquire(timeout=0):
+                        file.unlink(missing_ok=True)
+                except Timeout:
+                    continue
+    return removed, len(left)
+
+
+def _remove(kept: Kept, limit: float, weights: bool) -> bool:
+    """Under the key's lock, and only if it was not used meanwhile."""
+    folder = kept.folder
+    try:
+        with lock_file(folder.with_name(f"{folder.name}.lock")).acquire(timeout=0):
+            manifest = folder / MANIFEST
+            if manifest.is_file() and manifest.stat().st_mtime > limit:
+                return False
+            if weights:
+                names = sorted(f.name for f in folder.glob(f"*{WEIGHTS}"))
+                (folder / f"{DROPPED}.tmp").write_text(json.dumps(names))
+                os.replace(folder / f"{DROPPED}.tmp", folder / DROPPED)
+                for name in names:
+                    (folder / name).unlink(missing_ok=True)
+            else:
+                gone = folder.with_name(f"{folder.name}.tmp-pruned")
+                os.replace(folder, gone)  # never half an artifact under its key
+                shutil.rmtree(gone)
+            return True
+    except (Timeout, FileNotFoundError):
+        return False
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """`itermerge-store`: exit status 1 when `verify` finds damage."""
+    parser = argparse.ArgumentParser(
+        prog="itermerge-store", description="Lists, checks and prunes the store of finished stages."
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--dir", type=Path, default=default_store(), help="the store (default: %(default)s)")
+    common.add_argument("--stage", help="only this stage: sample, verify, fit, merge, evaluate, held_out, analyze")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    lister = verbs.add_parser("list", parents=[common], help="size, last use, stage and config of each artifact")
+    lister.add_argument("--sort", choices=("age", "size"), default="age")
+    checker = verbs.add_parser("verify", parents=[common], help="compares all files with their digests")
+    checker.add_argument("--remove", action="store_true", help="removes what is damaged; runs compute it again")
+    pruner = verbs.add_parser("prune", parents=[common], help="removes what has not been used for a while")
+    pruner.add_argument("--older-than", type=_age, required=True, help="since its last use: 12h, 30d, 8w, 0s for all")
+    pruner.add_argument("--weights", action="store_true", help="removes weights alone: facts and samples stay")
+    pruner.add_argument("--dry-run", action="store_true", help="says what would go, and removes nothing")
+    args = parser.parse_args(arguments)
+    console = Console()
+    if not args.dir.is_dir():
+        print(f"error: --dir: there is no store at {args.dir}", file=sys.stderr)
+        sys.exit(2)
+    if args.verb == "list":
+        console.print(_table(args.dir, args.stage, args.sort))
+    elif args.verb == "verify":
+        damaged = [(k, p) for k, p in verify(args.dir) if args.stage in (None, k.stage)]
+        for kept, problem in damaged:
+            console.print(f"damaged: {kept.stage} {kept.folder.name[:16]} ({problem})", soft_wrap=True)
+            if args.remove:
+                _remove(kept, float("inf"), weights=False)
+        total = sum(args.stage in (None, kept.stage) for kept in artifacts(args.dir))
+        if args.remove:
+            console.print(f"{len(damaged)} removed, {total} whole")
+        else:
+            console.print(f"{len(damaged)} of {total} artifacts damaged")
+        sys.exit(1 if damaged else 0)
+    else:
+        gone, left = prune(
+            args.dir, args.older_than, stage=args.stage, weights=args.weights, dry_run=args.dry_run
+        )  # fmt: skip
+        for kept in gone:
+            console.print(f"{kept.stage} {kept.folder.name[:16]} {_bytes(kept.size)}", soft_wrap=True, highlight=False)
+        size, linked = sum(k.size for k in gone), sum(k.linked for k in gone)
+        said = "would go" if args.dry_run else "removed"
+        also = f"; run folders hold {_bytes(linked)} of it, which stays until they go" if linked else ""
+        console.print(
+            f"{len(gone)} {'weights' if args.weights else 'artifacts'} and {left} leftovers {said}: "
+            f"{_bytes(size)}{also}", soft_wrap=True,
+        )  # fmt: skip
+
+
+def _table(root: Path, stage: str | None, order: str) -> Table:
+    kept = [k for k in artifacts(root) if stage in (None, k.stage)]
+    kept.sort(key=(lambda k: -k.used) if order == "age" else (lambda k: -k.size))
+    total = f"{len(kept)} artifacts, {_bytes(sum(k.size for k in kept))}, in {root}"
+    table = Table(title=total, title_justify="left", padding=(0, 0))
+    for column in ("stage", "key", "size", "last use", "config"):
+        right = column in ("size", "last use")
+        table.add_column(column, justify="right" if right else "left", no_wrap=column != "config")
+    now = time.time()
+    for k in kept:
+        table.add_row(k.stage, k.folder.name[:16], _bytes(k.size), _ago(now - k.used), _config(k.inputs()))
+    return table
+
+
+def _config(inputs: Mapping[str, Any]) -> str:
+    """The inputs that a person chose, as key=value."""
+    said = []
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                walk(name, inner)
+        elif value is not None and not (isinstance(value, str) and len(value) == 64) and not isinstance(value, list):
+            said.append(f"{prefix}={value}")
+
+    for name, value in inputs.items():
+        if name not in ("stage", "source", "environment", "seed"):
+            walk(name, value)
+    threads = inputs.get("environment", {}).get("threads")
+    return " ".join([*said, *([f"threads={threads}"] if threads else [])])
+
+
+def _age(text: str) -> float:
+    if not text[:-1].replace(".", "", 1).isdigit() or text[-1] not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no age; write 12h, 30d, 8w, or 0s for all")
+    return float(text[:-1]) * UNITS[text[-1]]
+
+
+def _ago(seconds: float) -> str:
+    for unit in ("w", "d", "h", "m"):
+        if seconds >= 2 * UNITS[unit]:
+            return f"{seconds / UNITS[unit]:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+if __name__ == "__main__":
+    main()
