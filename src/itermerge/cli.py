@@ -14,22 +14,38 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
+from filelock import Timeout
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from .config import ConfigError, ProgramPretrainLab, Root, check, conf_dir, to_dict
-from .store import is_disk_full
+from . import sweep, upkeep
+from .config import ConfigError, ProgramPretrainLab, Root, StoreLocal, check, conf_dir, to_dict
+from .store import StoreError, is_disk_full, lock_file
 
-MARKS = ("DONE", "FAILED", "INTERRUPTED")
+# What `pip install itermerge[...]` brings each of Hydra's launchers, and the module that shows that it is there.
+LAUNCHERS = {
+    "joblib": ("joblib", "hydra_plugins.hydra_joblib_launcher"),
+    "submitit_local": ("submitit", "hydra_plugins.hydra_submitit_launcher"),
+    "submitit_slurm": ("submitit", "hydra_plugins.hydra_submitit_launcher"),
+    "ray": ("ray", "hydra_plugins.hydra_ray_launcher"),
+}
+LOCK = ".lock"  # held while a process runs in a run folder
 log = logging.getLogger("itermerge")
 
 
 def main() -> None:
     """`itermerge [overrides]` and `python -m itermerge`."""
+    try:
+        sys.argv[1:] = sweep.resumed(sys.argv[1:])
+    except sweep.SweepError as error:
+        die(str(error))
+    for launcher, (extra, module) in LAUNCHERS.items():
+        if f"hydra/launcher={launcher}" in sys.argv and not _installed(module):
+            die(f"hydra/launcher={launcher} needs the extra {extra!r}: pip install 'itermerge[{extra}]'")
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
     try:
         run()
@@ -37,45 +53,97 @@ def main() -> None:
         sys.exit(130)
 
 
+class NotStarted(RuntimeError):
+    """A job that was left out because another one had failed (sweep.on_error=stop)."""
+
+
+class Occupied(FileExistsError):
+    """A run folder that holds something else, which is left as it is."""
+
+
 def job(composed: DictConfig) -> float | None:
     """One run; the figure named by `optimized_metric`."""
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     single = hydra_cfg.mode == RunMode.RUN
+    lock = lock_file(folder / LOCK)
     try:
         cfg = check(composed)
+        if single and cfg.sweep.resume:
+            raise ConfigError("sweep.resume: goes on with a whole sweep; a single run goes on with hydra.run.dir=DIR")
+        occupy(lock, folder, wait=not single)
+        if not single and (folder / "DONE").exists() and same_config(folder, cfg):
+            return figure_of(folder, cfg)
         claim(folder, cfg)
-    except (ConfigError, FileExistsError) as error:
-        return fail(folder, error, single, mark=isinstance(error, ConfigError))
-    try:
+        if not single and cfg.sweep.on_error == "stop" and (other := sweep.failed_before(folder.parent)):
+            raise NotStarted(f"job {folder.name} is not started: job {other} failed (sweep.on_error=stop)")
         value = start(cfg, folder, list(hydra_cfg.overrides.task))
+        (folder / "DONE").write_text("")
+        return value
     except KeyboardInterrupt:
         (folder / "INTERRUPTED").write_text("the same command goes on from the finished stages\n")
         log.warning("interrupted; the same command goes on from the finished stages (folder %s)", folder)
         if single:
             sys.exit(130)
         raise
+    except (NotStarted, Occupied) as error:
+        return fail(folder, error, single, mark=False)
     except Exception as error:
         return fail(folder, error, single)
-    (folder / "DONE").write_text("")
-    return value
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+
+def occupy(lock: Any, folder: Path, wait: bool) -> None:
+    """Makes this the only process in the run folder. Raises Occupied if another is there and we do not wait."""
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise Occupied(f"{folder}: another process is running there; give another hydra.run.dir") from None
+        log.warning("another process is running in %s; waiting for it", _short(folder))
+        lock.acquire(poll_interval=0.5)
+
+
+def same_config(folder: Path, cfg: Root) -> bool:
+    """Whether a run folder's config.yaml says the same, apart from the node `sweep`."""
+    try:
+        theirs = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    except OSError:
+        return False
+    mine = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))))
+    assert isinstance(theirs, dict)
+    assert isinstance(mine, dict)
+    return {k: v for k, v in theirs.items() if k != "sweep"} == {k: v for k, v in mine.items() if k != "sweep"}
+
+
+def figure_of(folder: Path, cfg: Root) -> float | None:
+    """What a finished run returned."""
+    summary = folder / "summary.json"
+    return float(json.loads(summary.read_text())["final"][cfg.optimized_metric]) if summary.is_file() else None
 
 
 def claim(folder: Path, cfg: Root) -> None:
-    """Takes the run folder: a new one, or an unfinished one of the same config. Raises FileExistsError."""
-    config, content = folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+    """Takes the run folder: a new one, or an unfinished one of the same config. Raises Occupied."""
+    config = folder / "config.yaml"
     if (folder / "DONE").exists():
-        raise FileExistsError(f"{folder} holds a finished run, which is never overwritten; give another hydra.run.dir")
-    if config.exists() and config.read_text() != content:
-        raise FileExistsError(f"{folder} holds an unfinished run of another config (see its config.yaml)")
-    for mark in MARKS:
+        raise Occupied(f"{folder} holds a finished run, which is never overwritten; give another hydra.run.dir")
+    if config.exists() and not same_config(folder, cfg):
+        raise Occupied(f"{folder} holds an unfinished run of another config (see its config.yaml)")
+    if (folder / "FAILED").exists():
+        log.info("tried again; before, it failed with: %s", sweep.why(folder))
+    for mark in sweep.MARKS:
         (folder / mark).unlink(missing_ok=True)
-    config.write_text(content)
+    config.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
 
 
 def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
     """Runs a checked config in its folder."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(cfg.threads))  # before torch starts
+    gpu = sweep.take_gpu(cfg.sweep.gpus)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
     from transformers.utils import logging as hf_logging
@@ -83,7 +151,8 @@ def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     torch.set_num_threads(cfg.threads)
-    (folder / "provenance.json").write_text(json.dumps(provenance(overrides), indent=1) + "\n")
+    made_by = provenance(overrides) | ({"gpu": gpu} if gpu is not None else {})
+    (folder / "provenance.json").write_text(json.dumps(made_by, indent=1) + "\n")
     if isinstance(cfg.program, ProgramPretrainLab):
         return _pretrain(cfg, folder)
     from . import loop, report, tracking
@@ -176,25 +245,63 @@ def _expected(error: Exception) -> bool:
     return type(error).__module__.startswith("itermerge.") or isinstance(error, FileExistsError)
 
 
-def die(message: str) -> None:
+def die(message: str) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def end_of_sweep(folder: Path) -> list[str]:
-    """Draws the sweep's figure and says which jobs failed, and why; the failed jobs' folders."""
+def before_sweep(cfgs: list[Root], folder: Path, done: int, workers: int) -> None:
+    """Says what is about to run, and ends with an error when the disks cannot hold it."""
+    if done:
+        print(f"{done} jobs are done already, {len(cfgs)} to run")
+    cores, threads = os.cpu_count() or 1, max((cfg.threads for cfg in cfgs), default=1)
+    workers = cores if workers < 0 else workers
+    if workers * threads > cores:
+        print(
+            f"note: {workers} jobs at once with {threads} threads each on {cores} cores will slow each other down; "
+            f"hydra.launcher.n_jobs={max(1, cores // threads)} fits", file=sys.stderr,
+        )  # fmt: skip
+    known = [(cfg, size) for cfg in cfgs if (size := upkeep.weights_size(cfg)) is not None]
+    store = {Path(cfg.store.dir).expanduser() if isinstance(cfg.store, StoreLocal) else folder for cfg, _ in known}
+    try:
+        for place in store:
+            upkeep.check_space(known, place, folder)
+    except StoreError as error:
+        die(str(error))
+
+
+def end_of_sweep(folder: Path) -> bool:
+    """Draws the sweep's figures and says which jobs failed, why, and how to go on; whether all jobs are done."""
     from . import report, tracking
 
-    jobs = sorted((d for d in folder.iterdir() if d.name.isdigit()), key=lambda d: int(d.name))
-    if any((d / "summary.json").is_file() for d in jobs):
+    jobs = range(len(sweep.read(folder)["jobs"]))
+    if any((folder / str(i) / "summary.json").is_file() for i in jobs):
         table, picture = report.sweep(folder)
         tracking.console.print(table)
         tracking.console.print(f"sweep folder {_short(folder)}, figure {_short(picture)}", soft_wrap=True)
-    failed = [d.name for d in jobs if (d / "FAILED").is_file()]
-    for name in failed:
-        last = (folder / name / "FAILED").read_text().strip().splitlines()[-1]
-        print(f"job {name} failed: {last} (traceback in {_short(folder / name / 'FAILED')})", file=sys.stderr)
-    return failed
+    marks = {i: sweep.mark_of(folder / str(i)) for i in jobs}
+    failed = [i for i in jobs if marks[i] == "FAILED"]
+    for i in failed:
+        where = folder / str(i)
+        said = f"job {i} failed: {sweep.why(where)} (traceback in {_short(where / 'FAILED')})"
+        print(said, file=sys.stderr)
+    left = [i for i in jobs if marks[i] != "DONE"]
+    if left:
+        other = f", {len(left) - len(failed)} interrupted or not begun" if len(left) > len(failed) else ""
+        print(
+            f"{len(left)} of {len(jobs)} jobs are not done: {len(failed)} failed{other}. To run them:\n"
+            f"    itermerge {sweep.RESUME}{_short(folder)}", file=sys.stderr,
+        )  # fmt: skip
+    return not left
+
+
+def _installed(module: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _short(path: Path) -> str:

@@ -38,7 +38,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
     store = Store(root, environment(stages.device_of(cfg.trainer.accelerator), cfg.threads))
     with tempfile.TemporaryDirectory() as scratch, store:
         bench = Bench(cfg, store, Path(scratch))
-        check_space([cfg], bench.size, root, folder)
+        check_space([(cfg, bench.size)], root, folder)
         record = RunRecord(cfg, folder, tracker)
         history, examples, tuned, made = [bench.base], [], bench.base, []
         record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base, 1.0))
@@ -107,8 +107,8 @@ def look_at_base(base: Mapping[str, float]) -> None:
             "nothing to learn from, unless sampling finds solutions" if base["val/id/acc"] == 0 else "nothing to gain"
         )
         log.warning(
-            "the base solves %.0f%% of the ID validation items: %s; take an %s task",
-            100 * base["val/id/acc"], fate, "easier" if base["val/id/acc"] == 0 else "harder",
+            "the base solves %.0f%% of the ID validation items: %s; take %s task",
+            100 * base["val/id/acc"], fate, "an easier" if base["val/id/acc"] == 0 else "a harder",
         )  # fmt: skip
     if note := tracking.majority_note(base):
         log.warning("%s; such OOD tasks show no loss", note)

@@ -43,41 +43,47 @@ def keep_of(cfg: Root, size: int) -> str:
     return "all" if size <= KEEP_ALL_UP_TO else "last"
 
 
-def need(cfgs: Sequence[Root], size: int) -> tuple[int, int]:
-    """Upper bounds, in bytes, of the weights that runs put into the store and, where those cannot be hard links to it,
-    into their run folders. Runs that differ in `rounds` alone are one chain, whose stages they share."""
-    chains: dict[str, list[Root]] = {}
-    for cfg in cfgs:
+def need(runs: Sequence[tuple[Root, int]]) -> tuple[int, int]:
+    """Upper bounds, in bytes, of the weights that runs (config, bytes of one model) put into the store and, where those
+    cannot be hard links to it, into their run folders. Runs that differ in `rounds` alone are one chain, whose stages
+    they share."""
+    chains: dict[str, list[tuple[Root, int]]] = {}
+    for cfg, size in runs:
         plain = dataclasses.asdict(cfg)
         own = ("rounds", "sweep", "store", "paths", "logger", "optimized_metric")
-        chains.setdefault(json.dumps({k: v for k, v in plain.items() if k not in own}, sort_keys=True), []).append(cfg)
+        chain = json.dumps({k: v for k, v in plain.items() if k not in own}, sort_keys=True)
+        chains.setdefault(chain, []).append((cfg, size))
     store = run = 0
     for group in chains.values():
-        keep, rounds = keep_of(group[0], size), max(c.rounds for c in group)
-        whole = getattr(group[0].merge, "ratio", 1.0) == 1.0  # the merged model is the tuned one
-        store += {"all": rounds * (1 if whole else 2), "last": len(group) + 1, "none": 0}[keep]
-        run += {"all": sum(c.rounds for c in group), "last": len(group), "none": 0}[keep]
-    return (store + 3) * size, run * size  # a round has its start, its tuned and its merged model in hand
+        (cfg, size), lengths = group[0], [c.rounds for c, _ in group]
+        copies = 1 if getattr(cfg.merge, "ratio", 1.0) == 1.0 else 2  # at ratio 1 the merged model is the tuned one
+        keep = keep_of(cfg, size)
+        store += size * {"all": max(lengths) * copies, "last": len(group) + 1, "none": 0}[keep]
+        run += size * {"all": sum(lengths), "last": len(group), "none": 0}[keep]
+    in_hand = 3 * max((size for _, size in runs), default=0)  # a round's start, its tuned and its merged model
+    return store + in_hand, run
 
 
-def check_space(cfgs: Sequence[Root], size: int, store: Path, runs: Path) -> None:
-    """Raises StoreError, with the ways out, when the weights of these runs would not fit on the disks."""
-    if not all(cfg.store.check_space for cfg in cfgs):
+def check_space(runs: Sequence[tuple[Root, int]], store: Path, folder: Path) -> None:
+    """Raises StoreError, with the ways out, when the weights of these runs would not fit on the disks of the store and
+    of the run folders."""
+    if not runs or not all(cfg.store.check_space for cfg, _ in runs):
         return
-    into_store, into_runs = need(cfgs, size)
-    store, runs = _existing(store), _existing(runs)
+    into_store, into_runs = need(runs)
+    store, folder = _existing(store), _existing(folder)
     wanted = {store: into_store}
-    if store.stat().st_dev != runs.stat().st_dev:
-        wanted[runs] = into_runs
-    for folder, amount in wanted.items():
-        free = shutil.disk_usage(folder).free
+    if store.stat().st_dev != folder.stat().st_dev:
+        wanted[folder] = into_runs
+    for place, amount in wanted.items():
+        free = shutil.disk_usage(place).free
         if amount > free:
-            kept = keep_of(cfgs[0], size)
+            (cfg, size) = max(runs, key=lambda run: run[1])
             raise StoreError(
-                f"store.keep: the weights of {len(cfgs)} run{'s' * (len(cfgs) > 1)} may need {_bytes(amount)} at "
-                f"{folder}, where {_bytes(free)} are free (a copy has {_bytes(size)}; store.keep is {kept!r}). Use "
-                "store.keep=last or none, another store.dir, or free space with: itermerge-store prune; "
-                "store.check_space=false skips this estimate, which counts stages that are there already"
+                f"store.keep: the weights of {len(runs)} run{'s' * (len(runs) > 1)} may need {_bytes(amount)} at "
+                f"{place}, where {_bytes(free)} are free (one model has {_bytes(size)}; store.keep is "
+                f"{keep_of(cfg, size)!r}). Use store.keep=last or none, another store.dir, or free space with: "
+                "itermerge-store prune; store.check_space=false skips this estimate, which counts as missing what is "
+                "there already"
             )
 
 

@@ -1,0 +1,161 @@
+"""A sweep's folder: its jobs and their marks, going on in it, and which job gets which GPU. No Hydra, no torch.
+
+multirun/DATE/TIME/sweep.json      the command and the overrides of each job, written before the first one
+multirun/DATE/TIME/N/              job N: DONE, FAILED or INTERRUPTED when it has ended; none of them while it runs,
+                                   and after a kill
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from .config import ConfigError
+from .store import lock_file
+
+log = logging.getLogger(__name__)
+FILE = "sweep.json"
+MARKS = ("DONE", "FAILED", "INTERRUPTED")
+RESUME = "sweep.resume="
+
+
+class SweepError(ValueError):
+    """A sweep folder that cannot be used as asked."""
+
+
+def resumed(arguments: Sequence[str]) -> list[str]:
+    """A command line with `sweep.resume=DIR` as the command that goes on in DIR: the sweep's own command, read from
+    DIR/sweep.json, with the new arguments replacing those of the same key. Others come back as they are."""
+    given = [a for a in arguments if a.startswith(RESUME)]
+    if not given or given[-1].removeprefix(RESUME) in ("", "null"):
+        return list(arguments)
+    folder = Path(given[-1].removeprefix(RESUME).strip("'\"")).expanduser()
+    if not (folder / FILE).is_file():
+        raise SweepError(f"sweep.resume: {folder} is no sweep's folder; there is no {FILE} in it")
+    new = [a for a in arguments if not a.startswith((RESUME, "hydra.sweep.dir=")) and a not in ("-m", "--multirun")]
+    whole = any("=" in a and not a.startswith(("-", "hydra", "sweep.", "+hydra", "++hydra")) for a in new)
+    old = [] if whole else read(folder)["command"]
+    keys = {a.partition("=")[0] for a in new if "=" in a} | {"hydra.sweep.dir", "sweep.resume"}
+    if "hydra/launcher" in keys:
+        keys |= {a.partition("=")[0] for a in old if a.startswith("hydra.launcher.")}
+    old = [a for a in old if a.partition("=")[0] not in keys and a not in ("-m", "--multirun")]
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return ["--multirun", *old, *new, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
+
+
+def begin(folder: Path, jobs: Sequence[Sequence[str]], command: Sequence[str], resume: bool) -> None:
+    """Takes a new folder for these jobs, or one that holds the same jobs if it is to be resumed. Raises SweepError."""
+    mine = [_own(job) for job in jobs]
+    if resume:
+        theirs = [_own(job) for job in read(folder)["jobs"]]
+        if mine != theirs:
+            pairs = zip(mine, theirs, strict=False)
+            at = next((i for i, (m, t) in enumerate(pairs) if m != t), min(len(mine), len(theirs)))
+            said = [" ".join(js[at]) if at < len(js) else "no such job" for js in (theirs, mine)]
+            raise SweepError(
+                f"sweep.resume: {folder} holds another sweep: its job {at} is {said[0]!r}, here it is {said[1]!r}. "
+                f"Give sweep.resume={folder} alone, or leave it out for a new sweep"
+            )
+        return
+    if folder.is_dir() and ((folder / FILE).exists() or any(d.name.isdigit() for d in folder.iterdir())):
+        raise SweepError(
+            f"hydra.sweep.dir: {folder} holds a sweep already, which is not overwritten; sweep.resume={folder} goes on "
+            "in it, another hydra.sweep.dir begins anew"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / FILE).open("x") as file:  # two that begin in the same second: one of them fails here
+        json.dump({"command": list(command), "jobs": [list(job) for job in mine]}, file, indent=1)
+
+
+def add_jobs(folder: Path, jobs: Sequence[Sequence[str]]) -> None:
+    """Writes jobs that were thought of on the way (Optuna's trials) into sweep.json."""
+    content = read(folder)
+    content["jobs"] += [_own(job) for job in jobs]
+    partial = folder / f"{FILE}.tmp"
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, folder / FILE)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """sweep.json: the command and the jobs."""
+    return json.loads((folder / FILE).read_text())
+
+
+def _own(job: Sequence[str]) -> list[str]:
+    return [o for o in job if not o.startswith(("sweep.", "hydra."))]
+
+
+def mark_of(folder: Path) -> str | None:
+    """DONE, FAILED or INTERRUPTED; None for a job that was killed, is running or has not begun."""
+    return next((mark for mark in MARKS if (folder / mark).is_file()), None)
+
+
+def why(folder: Path) -> str:
+    """The last line of a failed job's traceback."""
+    return ((folder / "FAILED").read_text().strip().splitlines() or [""])[-1]
+
+
+def failed_before(folder: Path) -> str | None:
+    """The name of a job of this sweep folder that has failed."""
+    jobs = sorted((d for d in folder.iterdir() if d.name.isdigit()), key=lambda d: int(d.name))
+    return next((d.name for d in jobs if mark_of(d) == "FAILED"), None)
+
+
+def unfinished(folder: Path) -> list[int]:
+    """The numbers of the jobs that are not DONE."""
+    return [i for i in range(len(read(folder)["jobs"])) if mark_of(folder / str(i)) != "DONE"]
+
+
+# --- one GPU for each job ------------------------------------------------------------------------------------------
+
+_gpu: Any = None  # the lock of the GPU that this process has taken; CUDA lets a process choose once
+
+
+def take_gpu(wanted: Any, poll: float = 1.0) -> str | None:
+    """Takes one of the GPUs for this process alone and makes it the only visible one; waits while all are taken.
+
+    Must come before torch touches CUDA. `wanted` is `sweep.gpus`: None, "all", or a list of numbers. A process keeps
+    its GPU until it ends, whichever way. Raises ConfigError when there is none.
+    """
+    global _gpu
+    if wanted is None:
+        return None
+    if _gpu is not None:
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+    gpus = _all_gpus() if wanted == "all" else [str(g) for g in wanted]
+    if not gpus:
+        raise ConfigError("sweep.gpus: all was asked for, and nvidia-smi lists none; use null")
+    home = Path(tempfile.gettempdir()) / f"itermerge-gpus-{os.getuid()}"
+    home.mkdir(exist_ok=True)
+    for attempt in range(10**9):
+        for gpu in gpus:
+            lock = lock_file(home / f"{gpu}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue
+            _gpu, os.environ["CUDA_VISIBLE_DEVICES"] = lock, gpu
+            return gpu
+        if attempt == 0:
+            log.info("GPUs %s are all taken by other jobs; waiting for one", ", ".join(gpus))
+        time.sleep(poll)
+    return None
+
+
+def _all_gpus() -> list[str]:
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return [g.strip() for g in visible.split(",") if g.strip()]
+    try:
+        said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [str(i) for i, _ in enumerate(line for line in said.splitlines() if line.startswith("GPU "))]
