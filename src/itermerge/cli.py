@@ -276,9 +276,10 @@ def end_of_sweep(folder: Path) -> bool:
 
     jobs = range(len(sweep.read(folder)["jobs"]))
     if any((folder / str(i) / "summary.json").is_file() for i in jobs):
-        table, picture = report.sweep(folder)
+        table, pictures = report.sweep(folder)
         tracking.console.print(table)
-        tracking.console.print(f"sweep folder {_short(folder)}, figure {_short(picture)}", soft_wrap=True)
+        drawn = ", ".join(_short(picture) for picture in pictures)
+        tracking.console.print(f"sweep folder {_short(folder)}, figures {drawn}", soft_wrap=True)
     marks = {i: sweep.mark_of(folder / str(i)) for i in jobs}
     failed = [i for i in jobs if marks[i] == "FAILED"]
     for i in failed:

@@ -47,6 +47,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from .evaluation import wilson
+from .report import flat
 
 RESAMPLES = 2000
 WITHIN = 0.02  # "within 2 points of its best"
@@ -105,7 +106,8 @@ class Chain:
 
     @classmethod
     def of_run(cls, folder: Path) -> Chain:
-        config = _flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+        whole = flat(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")))
+        config = {key: _without_folders(value) for key, value in whole.items() if not key.startswith("program.")}
         rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
         correct: list[Items] = []
         sampled: list[Items] = []
@@ -300,17 +302,6 @@ def read(folders: Sequence[Path]) -> tuple[list[Method], list[str]]:
         if had is None or len(had.rounds) < len(chain.rounds):
             method.chains[chain.unit] = chain
     return sorted(methods.values(), key=lambda m: (m.ratio, m.lr, m.how, m.other)), unfinished
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """A config with dotted keys, without what does not tell chains apart."""
-    if not isinstance(node, dict):
-        return {prefix: _without_folders(node)}
-    out: dict[str, Any] = {}
-    for key, value in node.items():
-        if key not in ("store", "logger", "paths", "program"):
-            out |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return out
 
 
 def _without_folders(node: Any) -> Any:
