@@ -33,8 +33,10 @@ LAUNCHERS = {
     "submitit_slurm": ("submitit", "hydra_plugins.hydra_submitit_launcher"),
     "ray": ("ray", "hydra_plugins.hydra_ray_launcher"),
 }
+LAUNCHERS |= {"gpus": LAUNCHERS["joblib"], "slurm": LAUNCHERS["submitit_slurm"]}  # launch=...
 LOCK = ".lock"  # held while a process runs in a run folder
 log = logging.getLogger("itermerge")
+OmegaConf.register_new_resolver("gpu_count", lambda wanted: len(sweep.found_gpus(wanted)) or 1, replace=True)
 
 
 def main() -> None:
@@ -43,9 +45,12 @@ def main() -> None:
         sys.argv[1:] = sweep.resumed(sys.argv[1:])
     except sweep.SweepError as error:
         die(str(error))
-    for launcher, (extra, module) in LAUNCHERS.items():
-        if f"hydra/launcher={launcher}" in sys.argv and not _installed(module):
-            die(f"hydra/launcher={launcher} needs the extra {extra!r}: pip install 'itermerge[{extra}]'")
+    for given in sys.argv[1:]:
+        key, _, launcher = given.partition("=")
+        if key.removeprefix("+") in ("hydra/launcher", "launch") and launcher in LAUNCHERS:
+            extra, module = LAUNCHERS[launcher]
+            if not _installed(module):
+                die(f"{given} needs the extra {extra!r}: pip install 'itermerge[{extra}]'")
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
     try:
         run()
@@ -256,6 +261,12 @@ def before_sweep(cfgs: list[Root], folder: Path, done: int, workers: int) -> Non
         print(f"{done} jobs are done already, {len(cfgs)} to run")
     cores, threads = os.cpu_count() or 1, max((cfg.threads for cfg in cfgs), default=1)
     workers = cores if workers < 0 else workers
+    gpus = cfgs[0].sweep.gpus if cfgs else None
+    try:
+        if gpus is not None and workers > (count := len(sweep.gpus(gpus))):
+            die(f"hydra.launcher.n_jobs: {workers} jobs at once, sweep.gpus has {count}, and each job keeps one")
+    except ConfigError as error:
+        die(str(error))
     if workers * threads > cores:
         print(
             f"note: {workers} jobs at once with {threads} threads each on {cores} cores will slow each other down; "

@@ -110,6 +110,7 @@ class Suite:
     n: int = knob(ge=1)
     seed: int = knob(ge=0)
     pass_k_n: int = knob(ge=0)
+    n_validation: int = knob(ge=0)  # validation items of each OOD task: val/ood/*, for choosing
     pre_merge: bool = MISSING  # evaluate before the last merge event as well
     near: list[Any] = MISSING
     far: list[Any] = MISSING
@@ -421,12 +422,21 @@ def _cross_checks(root: Root) -> None:
         raise ConfigError(f"task, suite.near, suite.far: {', '.join(twice)} stands there more than once")
     if root.trainer.precision == "16-mixed" and root.trainer.accelerator == "cpu":
         raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
-    known = METRICS | {f"ood/{name}/acc" for name in labels[1:]} | {f"id/{labels[0]}/acc"}
-    if root.optimized_metric not in known:
-        raise ConfigError(f"optimized_metric: {root.optimized_metric!r} is none of {', '.join(sorted(known))}")
+    check_metric(root, root.optimized_metric, "optimized_metric")
 
 
 METRICS = {"val/id/acc", "id/acc", "ood/acc", "ood/near/acc", "ood/far/acc"}
+
+
+def check_metric(root: Root, metric: str, key: str) -> None:
+    """Raises ConfigError, naming `key`, when a run of this config has no such final figure."""
+    ood = [label(t) for t in (*root.suite.near, *root.suite.far)]
+    known = METRICS | {f"ood/{name}/acc" for name in ood} | {f"id/{label(root.task)}/acc"}
+    validation = {"val/ood/acc", "val/ood/near/acc", "val/ood/far/acc"}
+    if metric in validation and not root.suite.n_validation:
+        raise ConfigError(f"{key}: {metric} needs validation items of the OOD tasks; set suite.n_validation, as to 50")
+    if metric not in known | validation:
+        raise ConfigError(f"{key}: {metric!r} is none of {', '.join(sorted(known | validation))}")
 
 
 def label(task: Any) -> str:

@@ -119,8 +119,8 @@ def ratio_interval(above: Sequence[float], below: Sequence[float], resamples: in
 
 
 def metrics(scores: Mapping[str, Any], id_task: str, near: Sequence[str], far: Sequence[str]) -> dict[str, float]:
-    """Flat figures: id/acc, id/<task>/acc, ood/<task>/acc, ood/acc, ood/near/acc, ood/far/acc and val/id/acc, each
-    with _low and _high (95%)."""
+    """Flat figures: id/acc, id/<task>/acc, ood/<task>/acc, ood/acc, ood/near/acc, ood/far/acc and val/id/acc, and
+    val/ood/* where the OOD tasks have validation items, each with _low and _high (95%)."""
     out: dict[str, float] = {}
 
     def put(name: str, value: float, low: float, high: float) -> None:
@@ -136,6 +136,8 @@ def metrics(scores: Mapping[str, Any], id_task: str, near: Sequence[str], far: S
     for name, labels in {"ood": [*near, *far], "ood/near": near, "ood/far": far}.items():
         if labels:
             put(f"{name}/acc", *mean_interval([scores[label]["correct"] for label in labels]))
+        if labels and all(f"val/{label}" in scores for label in labels):
+            put(f"val/{name}/acc", *mean_interval([scores[f"val/{label}"]["correct"] for label in labels]))
     for label in [*near, *far]:
         put_task(f"ood/{label}/acc", label)
         out[f"ood/{label}/majority"] = scores[label]["majority"]

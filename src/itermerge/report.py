@@ -51,8 +51,9 @@ class Job:
 
 
 def label(keys: Mapping[str, Any]) -> str:
-    """Keys as one line."""
-    return " ".join(f"{k.removeprefix('merge.').removeprefix('sft.')}={v}" for k, v in keys.items()) or "run"
+    """Keys as one line, numbers to four digits."""
+    said = {k: f"{v:.4g}" if isinstance(v, float) and len(repr(v)) > 7 else v for k, v in keys.items()}
+    return " ".join(f"{k.removeprefix('merge.').removeprefix('sft.')}={v}" for k, v in said.items()) or "run"
 
 
 def read_sweep(folder: Path) -> list[Job]:
@@ -222,7 +223,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _heatmap(jobs: list[Job], path: Path) -> Path | None:
     """Change of ID and of OOD accuracy over ratio x rounds, seeds averaged; settings of other keys are rows of panels.
-    None when fewer than two ratios were run."""
+    None when fewer than two ratios were run, or so many that nobody could read it."""
     from matplotlib.figure import Figure
 
     cells: dict[str, dict[float, list[Job]]] = {}
@@ -232,7 +233,7 @@ def _heatmap(jobs: list[Job], path: Path) -> Path | None:
         if ratio is not None:
             cells.setdefault(label(others), {}).setdefault(float(ratio), []).append(job)
     cells = {name: by_ratio for name, by_ratio in cells.items() if len(by_ratio) > 1}
-    if not cells:
+    if not cells or len(cells) > 12 or max(map(len, cells.values())) > 24:
         return None
     columns = {"id/acc": "in-domain (ID)", "ood/acc": "out-of-domain (OOD)"}
     ratios = sorted({r for by_ratio in cells.values() for r in by_ratio})

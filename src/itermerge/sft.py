@@ -18,6 +18,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -245,6 +246,7 @@ def fit(
             gradient_clip_val=spec.gradient_clip_val or None,
             deterministic=spec.deterministic,
             callbacks=[_Progress(on_progress), *callbacks],
+            plugins=[LightningEnvironment()],  # one process: not what Lightning would make of a Slurm job's variables
             default_root_dir=scratch,
             logger=False,
             enable_checkpointing=False,

@@ -136,19 +136,24 @@ class Bench:
             Exam(label(s), t := build_task(s), t.problems("test", suite.n, suite.seed))
             for s in (*suite.near, *suite.far)
         ]
+        of = (suite.n_validation, suite.seed, VALIDATION_SEED)
+        choosing = [
+            Exam(f"val/{e.label}", e.task, e.task.problems("validation", *of)) for e in test if suite.n_validation
+        ]
         own = self.task.problems("test", suite.n, suite.seed)
         self.validation = self.task.problems("validation", cfg.task.n_validation, suite.seed, VALIDATION_SEED)
         self.exams = [
-            Exam(self.task.name, self.task, own), *test, Exam(f"val/{self.task.name}", self.task, self.validation)
+            Exam(self.task.name, self.task, own), *test, Exam(f"val/{self.task.name}", self.task, self.validation),
+            *choosing,
         ]  # fmt: skip
         for exam in self.exams:
             check_gold(exam.task, exam.problems)
         first = self.train_problems(1)
         check_gold(self.task, first)
         check_disjoint(self.task.name, {"train": first, "validation": self.validation, "test": own})
-        for exam in test:
+        for exam in (*test, *choosing):
             if exam.task.name != self.task.name:
-                check_disjoint(f"{self.task.name} and {exam.label}", {"train": first, "test": exam.problems})
+                check_disjoint(f"{self.task.name} and {exam.label}", {"train": first, "items": exam.problems})
         if isinstance(cfg.model, ModelLab):
             folder, self.trust = lab_folder(cfg.model.seed, cfg.paths.models), False
         else:

@@ -57,7 +57,10 @@ Items = Mapping[str, np.ndarray]  # {task: a value an item}
 Unit = tuple[str, int]  # (base, seed)
 CHAINS = "chains.jsonl.gz"
 UNIT_KEYS = ("seed", "model.seed", "model.path")
-NO_MATTER = ("rounds", "optimized_metric", "threads", "suite.pass_k_n", "suite.pre_merge", "merge.ratio", "merge.kind")
+NO_MATTER = (
+    "rounds", "optimized_metric", "threads", "suite.pass_k_n", "suite.pre_merge", "suite.n_validation", "merge.ratio",
+    "merge.kind",
+)  # fmt: skip
 ITEM_KEYS = (  # chains that differ here have not answered the same items
     "suite.", "task.kind", "task.family", "task.dataset", "task.options", "task.label", "task.file", "task.holds",
     "task.n_validation",

@@ -13,7 +13,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,13 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     return ["--multirun", *old, *new, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
 
 
-def begin(folder: Path, jobs: Sequence[Sequence[str]], command: Sequence[str], resume: bool) -> None:
-    """Takes a new folder for these jobs, or one that holds the same jobs if it is to be resumed. Raises SweepError."""
-    mine = [_own(job) for job in jobs]
+def begin(folder: Path, jobs: Sequence[Sequence[str]] | None, command: Sequence[str], resume: bool) -> None:
+    """Takes a new folder for these jobs, or one that holds the same jobs if it is to be resumed (None: whichever it
+    holds). Raises SweepError."""
+    mine = [_own(job) for job in jobs or []]
     if resume:
         theirs = [_own(job) for job in read(folder)["jobs"]]
-        if mine != theirs:
+        if jobs is not None and mine != theirs:
             pairs = zip(mine, theirs, strict=False)
             at = next((i for i, (m, t) in enumerate(pairs) if m != t), min(len(mine), len(theirs)))
             said = [" ".join(js[at]) if at < len(js) else "no such job" for js in (theirs, mine)]
@@ -76,10 +77,11 @@ def begin(folder: Path, jobs: Sequence[Sequence[str]], command: Sequence[str], r
         json.dump({"command": list(command), "jobs": [list(job) for job in mine]}, file, indent=1)
 
 
-def add_jobs(folder: Path, jobs: Sequence[Sequence[str]]) -> None:
-    """Writes jobs that were thought of on the way (Optuna's trials) into sweep.json."""
+def add_jobs(folder: Path, jobs: Mapping[int, Sequence[str]]) -> None:
+    """Writes jobs that were thought of on the way (Optuna's trials, by number) into sweep.json."""
     content = read(folder)
-    content["jobs"] += [_own(job) for job in jobs]
+    had: list[list[str]] = content["jobs"]
+    content["jobs"] = [_own(jobs[i]) if i in jobs else had[i] for i in range(max(len(had), *(i + 1 for i in jobs)))]
     partial = folder / f"{FILE}.tmp"
     partial.write_text(json.dumps(content, indent=1))
     os.replace(partial, folder / FILE)
@@ -131,13 +133,11 @@ def take_gpu(wanted: Any, poll: float = 1.0) -> str | None:
         return None
     if _gpu is not None:
         return os.environ["CUDA_VISIBLE_DEVICES"]
-    gpus = _all_gpus() if wanted == "all" else [str(g) for g in wanted]
-    if not gpus:
-        raise ConfigError("sweep.gpus: all was asked for, and nvidia-smi lists none; use null")
+    choice = gpus(wanted)
     home = Path(tempfile.gettempdir()) / f"itermerge-gpus-{os.getuid()}"
     home.mkdir(exist_ok=True)
     for attempt in range(10**9):
-        for gpu in gpus:
+        for gpu in choice:
             lock = lock_file(home / f"{gpu}.lock")
             try:
                 lock.acquire(timeout=0)
@@ -146,9 +146,20 @@ def take_gpu(wanted: Any, poll: float = 1.0) -> str | None:
             _gpu, os.environ["CUDA_VISIBLE_DEVICES"] = lock, gpu
             return gpu
         if attempt == 0:
-            log.info("GPUs %s are all taken by other jobs; waiting for one", ", ".join(gpus))
+            log.info("GPUs %s are all taken by other jobs; waiting for one", ", ".join(choice))
         time.sleep(poll)
     return None
+
+
+def gpus(wanted: Any) -> list[str]:
+    """The GPUs that `sweep.gpus` means. Raises ConfigError when there are none."""
+    if not (found := found_gpus(wanted)):
+        raise ConfigError("sweep.gpus: nvidia-smi lists no GPU; use null, or a list as [0,1]")
+    return found
+
+
+def found_gpus(wanted: Any) -> list[str]:
+    return _all_gpus() if wanted == "all" else [str(g) for g in wanted or []]
 
 
 def _all_gpus() -> list[str]:

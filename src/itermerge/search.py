@@ -1,0 +1,151 @@
+"""Optuna's search over config keys, one trial a job of a sweep. The study lies in the sweep's folder (`optuna.log`).
+
+One metric is maximised, or two, whose best compromises are a Pareto front; all of them on validation items. Needs the
+extra `optuna`. Knows no Hydra.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import ConfigError
+from .tasks import derive_seed
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import FrozenTrial
+
+LOG = "optuna.log"
+ALGORITHMS = ("tpe", "nsga2", "random")
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Raises ConfigError unless there are one or two, of validation items."""
+    if not 1 <= len(metrics) <= 2:
+        raise ConfigError(f"hydra.sweeper.metrics: one or two metrics are maximised, got {list(metrics)}")
+    if test := [m for m in metrics if not m.startswith("val/")]:
+        raise ConfigError(
+            f"hydra.sweeper.metrics: {test[0]!r} is measured on test items, which choose nothing; take val/id/acc, or, "
+            "with suite.n_validation=50 or so, val/ood/acc, val/ood/near/acc, val/ood/far/acc"
+        )
+
+
+class Search:
+    """A study that asks for trials and is told what became of them. Its draws depend on `seed` and on the number of
+    trials before them, so that a search that is resumed goes on as it would have."""
+
+    def __init__(
+        self, folder: Path, space: Mapping[str, BaseDistribution], metrics: Sequence[str], algorithm: str, seed: int
+    ) -> None:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        if algorithm not in ALGORITHMS:
+            raise ConfigError(f"hydra.sweeper.algorithm: {algorithm!r} is none of {', '.join(ALGORITHMS)}")
+        self.optuna, self.folder, self.space, self.metrics = optuna, folder, dict(space), list(metrics)
+        self.algorithm, self.seed = algorithm, seed
+        self.study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(folder / LOG))), study_name="sweep", load_if_exists=True,
+            directions=[optuna.study.StudyDirection.MAXIMIZE for _ in metrics], sampler=self._sampler(0),
+        )  # fmt: skip
+        if len(self.study.directions) != len(metrics):
+            raise ConfigError(
+                f"hydra.sweeper.metrics: {len(metrics)} of them, the study in {folder} has {len(self.study.directions)}"
+            )
+
+    def _sampler(self, number: int) -> Any:
+        seed = derive_seed("search", self.seed, number) % 2**32
+        samplers = self.optuna.samplers
+        if self.algorithm == "random":
+            return samplers.RandomSampler(seed=seed)
+        if self.algorithm == "nsga2":
+            return samplers.NSGAIISampler(seed=seed)
+        return samplers.TPESampler(seed=seed, n_startup_trials=8)
+
+    def again(self) -> dict[int, dict[str, Any]]:
+        """What a resumed search begins with: trials that were under way keep number and values; the values of failed
+        ones are asked for again, as new trials."""
+        states = self.optuna.trial.TrialState
+        retried = set(self.study.user_attrs.get("retried", []))
+        for trial in self.study.get_trials(states=(states.FAIL,)):
+            if trial.number not in retried:
+                self.study.enqueue_trial(trial.params)
+                retried.add(trial.number)
+        self.study.set_user_attr("retried", sorted(retried))
+        return {t.number: t.params for t in self.study.get_trials(states=(states.RUNNING,))}
+
+    def ask(self, most: int, trials: int) -> dict[int, dict[str, Any]]:
+        """The values of up to `most` further trials by number; none when there are `trials` already. Trials that took
+        a failed one's place do not count."""
+        asked: dict[int, dict[str, Any]] = {}
+        waiting = self.optuna.trial.TrialState.WAITING
+        replaced = len(self.study.user_attrs.get("retried", []))
+        for _ in range(most):
+            begun = [t for t in self.study.get_trials(deepcopy=False) if t.state != waiting]
+            if len(begun) - replaced >= trials:
+                break
+            self.study.sampler = self._sampler(len(begun))
+            trial = self.study.ask(fixed_distributions=self.space)
+            asked[trial.number] = trial.params
+        return asked
+
+    def tell(self, number: int, failed: bool) -> None:
+        """What became of a trial: the figures of its run folder, or that it failed."""
+        if failed:
+            self.study.tell(number, state=self.optuna.trial.TrialState.FAIL)
+            return
+        final = json.loads((self.folder / str(number) / "summary.json").read_text())["final"]
+        self.study.tell(number, [final[m] for m in self.metrics])
+
+    def best(self) -> list[FrozenTrial]:
+        """The best trial, or those of the Pareto front, by the first metric."""
+        states = self.optuna.trial.TrialState
+        if not self.study.get_trials(states=(states.COMPLETE,)):
+            return []
+        found = self.study.best_trials if len(self.metrics) > 1 else [self.study.best_trial]
+        return sorted(found, key=lambda t: (t.values[0], -t.number))
+
+    def end(self) -> list[str]:
+        """Writes search.json and, for two metrics, figures/pareto.png; lines that say what was found."""
+        best = self.best()
+        rows = [
+            {"job": t.number, "params": t.params, **dict(zip(self.metrics, t.values, strict=True))} for t in best
+        ]  # fmt: skip
+        (self.folder / "search.json").write_text(json.dumps({"metrics": self.metrics, "best": rows}, indent=1) + "\n")
+        if len(self.metrics) > 1 and best:
+            self._pareto(best)
+        head = "best trial" if len(self.metrics) == 1 else f"Pareto front, {len(best)} trials"
+        said = [f"{head} by {' and '.join(self.metrics)} (search.json):"] if best else ["no trial was finished"]
+        for trial in best:
+            values = "  ".join(f"{m} {100 * v:.1f}" for m, v in zip(self.metrics, trial.values, strict=True))
+            said.append(f"  job {trial.number}: {values}  {' '.join(overrides(trial.params))}")
+        return said
+
+    def _pareto(self, best: list[FrozenTrial]) -> None:
+        from matplotlib.figure import Figure
+
+        done = self.study.get_trials(states=(self.optuna.trial.TrialState.COMPLETE,))
+        figure = Figure(figsize=(5.2, 4.2), layout="constrained")
+        axis = figure.subplots()
+        front = [[100 * v for v in t.values] for t in best]
+        axis.scatter(*zip(*([100 * v for v in t.values] for t in done), strict=True), color="0.6", s=22, label="trials")
+        axis.plot(*zip(*front, strict=True), "o-", color="C3", markersize=6, label="Pareto front")
+        for trial, (x, y) in zip(best, front, strict=True):
+            axis.annotate(str(trial.number), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        axis.set_xlabel(f"{self.metrics[0]} (%)")
+        axis.set_ylabel(f"{self.metrics[1]} (%)")
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8)
+        path = self.folder / "figures" / "pareto.png"
+        path.parent.mkdir(exist_ok=True)
+        figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def overrides(params: Mapping[str, Any]) -> list[str]:
+    """A trial's values as overrides, numbers in full."""
+    return [f"{key}={value}" for key, value in params.items()]
