@@ -42,11 +42,12 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     if not (folder / FILE).is_file():
         raise SweepError(f"sweep.resume: {folder} is no sweep's folder; there is no {FILE} in it")
     new = [a for a in arguments if not a.startswith((RESUME, "hydra.sweep.dir=")) and a not in ("-m", "--multirun")]
-    whole = any("=" in a and not a.startswith(("-", "hydra", "sweep.", "+hydra", "++hydra")) for a in new)
+    around = ("-", "hydra", "sweep.", "launch=", "+hydra", "++hydra")  # what says how to run, not what
+    whole = any("=" in a and not a.startswith(around) for a in new)
     old = [] if whole else read(folder)["command"]
     keys = {a.partition("=")[0] for a in new if "=" in a} | {"hydra.sweep.dir", "sweep.resume"}
-    if "hydra/launcher" in keys:
-        keys |= {a.partition("=")[0] for a in old if a.startswith("hydra.launcher.")}
+    if keys & {"hydra/launcher", "launch"}:
+        keys |= {a.partition("=")[0] for a in old if a.startswith(("hydra.launcher.", "hydra/launcher=", "launch="))}
     old = [a for a in old if a.partition("=")[0] not in keys and a not in ("-m", "--multirun")]
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     return ["--multirun", *old, *new, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
@@ -93,7 +94,7 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _own(job: Sequence[str]) -> list[str]:
-    return [o for o in job if not o.startswith(("sweep.", "hydra."))]
+    return [o for o in job if not o.startswith(("sweep.", "hydra.", "launch="))]
 
 
 def mark_of(folder: Path) -> str | None:
