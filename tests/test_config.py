@@ -33,7 +33,7 @@ def test_default_config() -> None:
 
 
 def test_all_groups_are_found() -> None:
-    assert set(GROUPS) == set(KINDS) | {"suite"}
+    assert set(GROUPS) == set(KINDS) | {"suite", "launch"}
     assert len(MEMBERS) > 10
     assert "quickstart" in EXPERIMENTS
 
@@ -41,7 +41,7 @@ def test_all_groups_are_found() -> None:
 @pytest.mark.parametrize(("group", "member"), MEMBERS)
 def test_every_member_passes(group: str, member: str) -> None:
     root = check(compose_config(f"{group}={member}", *NEEDS.get((group, member), [])))
-    if group != "suite":
+    if group not in ("suite", "launch"):
         assert type(getattr(root, group)) is KINDS[group][getattr(root, group).kind]
 
 
@@ -52,6 +52,21 @@ def test_every_experiment_passes_and_says_where_it_is_from(name: str) -> None:
     assert head.startswith("# @package _global_")
     assert "# Source:" in head
     assert re.search(rf"^# Command: .*experiment={name}\b", head, re.M)
+
+
+@pytest.mark.parametrize("gpus", ["one", "[]", "[a]", "[-1]", "[true]", "2"])
+def test_gpus_are_null_all_or_a_list_of_numbers(gpus: str) -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.gpus: must be null, all, or a list of GPU numbers as \[0,1\]"):
+        check(compose_config(f"sweep.gpus={gpus}"))
+    assert [check(compose_config(f"sweep.gpus={ok}")).sweep.gpus for ok in ("null", "all", "[0,3]")] == [
+        None, "all", [0, 3]
+    ]  # fmt: skip
+
+
+def test_metrics_of_ood_validation_need_items() -> None:
+    with pytest.raises(ConfigError, match=r"optimized_metric: val/ood/acc needs .* set suite\.n_validation"):
+        check(compose_config("optimized_metric=val/ood/acc"))
+    check(compose_config("optimized_metric=val/ood/near/acc", "suite.n_validation=20"))
 
 
 def test_a_member_that_needs_a_value_says_so() -> None:

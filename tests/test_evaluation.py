@@ -95,6 +95,17 @@ def test_metrics_names_and_values() -> None:
     assert (got["ood/near/acc_low"], got["ood/near/acc_high"]) == mean_interval([[1, 0, 0, 0], [1, 1, 1, 0]])[1:]
 
 
+def test_metrics_of_ood_validation_items() -> None:
+    scores = {
+        "mine": _scores(1, 0), "n": _scores(1, 1), "f": _scores(0, 0), "val/mine": _scores(1, 1),
+        "val/n": _scores(1, 0, 0, 0), "val/f": _scores(1, 1, 1, 0),
+    }  # fmt: skip
+    got = metrics(scores, "mine", ["n"], ["f"])
+    assert (got["val/ood/near/acc"], got["val/ood/far/acc"], got["val/ood/acc"]) == (0.25, 0.75, 0.5)
+    assert (got["ood/near/acc"], got["ood/far/acc"], got["val/id/acc"]) == (1, 0, 1)
+    assert got["val/ood/acc_low"] < 0.5 < got["val/ood/acc_high"]
+
+
 def test_metrics_of_one_side_alone() -> None:
     got = metrics({"mine": _scores(1), "f": _scores(0), "val/mine": _scores(1)}, "mine", [], ["f"])
     assert "ood/near/acc" not in got

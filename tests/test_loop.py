@@ -196,6 +196,20 @@ def test_figures_of_the_rounds_agree_with_the_files(cold: Path) -> None:
     assert summary["best_round_by_validation"] == [line["val/id/acc"] for line in rounds].index(best)
 
 
+def test_ood_validation_items_are_others_than_the_test_items_and_change_no_other_figure(
+    cold: Path, tmp_path: Path
+) -> None:
+    run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", "suite.n_validation=6", "rounds=1")
+    rounds, before = read_rounds(tmp_path / "run"), read_rounds(cold)
+    for line, old in zip(rounds, before, strict=False):
+        assert {k: v for k, v in line.items() if not k.startswith(("val/ood", "pre_merge/val/ood"))} == old
+        assert 0 <= line["val/ood/acc"] <= 1
+    scores = json.loads((tmp_path / "run" / "rounds" / "00" / "scores.json").read_text())
+    assert {name: len(scores[name]["correct"]) for name in ("val/chain", "val/sort", "val/find", "chain")} == {
+        "val/chain": 6, "val/sort": 6, "val/find": 8, "chain": 8
+    }  # fmt: skip
+
+
 def test_gap_of_a_model_that_lost_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def ruin(policy: Any, *_: Any, **__: Any) -> list[float]:
         policy.set_weights({name: torch.zeros_like(w) for name, w in policy.weights().items()})

@@ -8,6 +8,9 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -261,6 +264,111 @@ def test_what_another_process_finished_meanwhile_stays_in_place(tmp_path: Path) 
     # copytree keeps the times of files, a new artifact has new ones
     assert (theirs / "out.txt").stat().st_mtime_ns == (other.folder / "out.txt").stat().st_mtime_ns
     assert copied
+
+
+# --- several at once -----------------------------------------------------------------------------------------------
+
+ATTEMPTS = """
+import sys, threading, time
+from pathlib import Path
+from itermerge.store import Store
+
+def compute(folder):
+    with open(Path(sys.argv[1]) / "computed", "a") as file:
+        file.write("once\\n")
+    time.sleep(0.3)
+    (folder / "out.txt").write_text("x" * 100000)
+    return {"a": 1}
+
+def attempt():
+    store = Store(Path(sys.argv[1]) / "store", {"threads": 1})
+    made = store.stage("s", {"seed": 1}, compute, modules=("store.py",))
+    sizes.append((made.folder / "out.txt").stat().st_size)
+
+sizes = []
+threads = [threading.Thread(target=attempt) for _ in range(25)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(sizes == [100000] * 25)
+"""
+
+
+def test_of_100_attempts_at_one_key_one_computes(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ATTEMPTS, str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert [process.communicate(timeout=300)[0].strip() for process in started] == ["True"] * 4
+    assert (tmp_path / "computed").read_text() == "once\n"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from itermerge.store import Store
+
+def compute(folder):
+    (folder / "half").write_text("half")
+    print("computing", flush=True)
+    time.sleep(600)
+
+Store(Path(sys.argv[1]), {"threads": 1}).stage("s", {"seed": 1}, compute, modules=("store.py",))
+"""
+
+
+def test_a_dead_holder_is_survived_and_its_leftovers_go(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "computing\n"
+    compute, at, got = Compute(), Store(tmp_path, {"threads": 1}), []
+    waiting = threading.Thread(
+        target=lambda: got.append(at.stage("s", {"seed": 1}, compute, modules=("store.py",))), daemon=True
+    )
+    with caplog.at_level(logging.INFO):
+        waiting.start()
+        waiting.join(1)
+        assert waiting.is_alive()  # it waits for the other
+        assert compute.runs == 0
+        holder.kill()
+        holder.communicate()
+        waiting.join(60)
+    assert "stage s is being computed by another run; waiting for it" in caplog.text
+    assert compute.runs == 1
+    assert {f.name for f in got[0].folder.parent.iterdir()} == {got[0].key, f"{got[0].key}.lock"}
+    assert at.tally.seconds[0]["waited"] > 0.5
+    assert at.tally.seconds_store < 0.5  # waiting is no cost of the store's
+
+
+def _mounts(tmp_path: Path, *lines: str) -> Path:
+    (tmp_path / "mountinfo").write_text("".join(f"{line}\n" for line in lines))
+    return tmp_path / "mountinfo"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "doubt"),
+    [
+        ("ext4", "rw", False), ("nfs4", "rw,vers=4.2,local_lock=none", False), ("nfs", "rw,local_lock=all", True),
+        ("nfs", "rw,nolock,local_lock=none", True), ("nfs4", "rw,local_lock=flock", True),
+        ("lustre", "rw,flock", False), ("lustre", "rw,localflock", True), ("cifs", "rw,nobrl", True),
+        ("cifs", "rw", False),
+    ],
+)  # fmt: skip
+def test_network_file_systems_without_locks_between_machines_are_said(
+    kind: str, options: str, doubt: bool, tmp_path: Path
+) -> None:
+    store.locks_in_doubt.cache_clear()
+    root = tmp_path / "mnt" / "my store"
+    root.mkdir(parents=True)
+    there = str(tmp_path / "mnt").replace(" ", "\\040")
+    mounts = _mounts(
+        tmp_path, "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/root rw",
+        f"30 22 0:40 / {there} rw,relatime shared:2 - {kind} server:/x {options}",
+        "31 22 0:41 / /elsewhere rw - nfs server:/y rw,nolock",
+    )  # fmt: skip
+    said = store.locks_in_doubt(root, mounts)
+    assert (said is not None) == doubt
+    if said:
+        assert f"{root} is on {kind}, mounted so that locks do not reach other machines" in said
+    assert store.locks_in_doubt(Path("/"), mounts) is None
+    assert store.locks_in_doubt(root, tmp_path / "none") is None
 
 
 # --- place ---------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class CheckedSweeper(BasicSweeper):
         except (ConfigError, sweep.SweepError, HydraException) as error:
             cli.die(str(error))
         with _Ending(folder):
-            size = self.max_batch_size or len(todo)
+            size = self.max_batch_size or len(todo) or 1
             for at in range(0, len(todo), size):
                 self.launch({i: jobs[i] for i in todo[at : at + size]}, folder)
 

@@ -258,7 +258,7 @@ def die(message: str) -> NoReturn:
 def before_sweep(cfgs: list[Root], folder: Path, done: int, workers: int) -> None:
     """Says what is about to run, and ends with an error when the disks cannot hold it."""
     if done:
-        print(f"{done} jobs are done already, {len(cfgs)} to run")
+        print(f"{done} of {done + len(cfgs)} jobs are done already, {len(cfgs)} to run")
     cores, threads = os.cpu_count() or 1, max((cfg.threads for cfg in cfgs), default=1)
     workers = cores if workers < 0 else workers
     gpus = cfgs[0].sweep.gpus if cfgs else None

@@ -234,6 +234,7 @@ def fit(
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*Consider setting `persistent_workers=True`.*")
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # one process, by design
         warnings.filterwarnings(
             "ignore", message=".*isinstance\\(treespec, LeafSpec\\).*"
         )  # Lightning 2.6 on torch 2.13
