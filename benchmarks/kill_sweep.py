@@ -26,7 +26,7 @@ from kill_and_resume import SMALL, digests
 
 JOBS = 6
 WORDS = (
-    *SMALL, "--multirun", "merge.ratio=0.3,0.5,1.0", "rounds=2,4", "merge.every_n_epochs=last", "hydra/launcher=joblib",
+    "--multirun", *SMALL, "merge.ratio=0.3,0.5,1.0", "rounds=2,4", "merge.every_n_epochs=last", "hydra/launcher=joblib",
     "hydra.launcher.n_jobs=2",
 )  # fmt: skip
 

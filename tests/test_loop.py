@@ -312,7 +312,7 @@ def test_load_run(cold: Path, tmp_path: Path) -> None:
     assert all(torch.equal(w, written[n]) for n, w in last.weights().items())
     assert any(not torch.equal(w, first.weights()[n]) for n, w in last.weights().items())
     assert complete(last, ["find 10+?=44?"], keys=None, batch_size=1, max_new_tokens=4)[0].tokens > 0
-    with pytest.raises(FileNotFoundError, match=r"round 7 of .* has no model; rounds 1 to 2 have"):
+    with pytest.raises(FileNotFoundError, match=r"round 7 of .* has no model \(rounds that have one: 1, 2; store"):
         run.model(7)
     with pytest.raises(FileNotFoundError, match=r"is no run folder: it needs config\.yaml and rounds\.jsonl"):
         itermerge.load_run(tmp_path)
@@ -525,6 +525,29 @@ def test_weights_that_another_run_keeps_are_not_dropped(tmp_path: Path) -> None:
     assert before == {"fit": 2, "merge": 2}
     run_here(tmp_path / "none", where, "store.keep=none")
     assert _weights_in(tmp_path / "store") == before
+
+
+def test_weights_that_a_run_under_way_has_used_are_dropped_by_the_last_of_them(tmp_path: Path) -> None:
+    """Two runs of one chain at once (rounds=1,2,3 over workers): the first to end must not take the other's weights."""
+    from itermerge.store import Store
+
+    def compute(folder: Path) -> dict[str, Any]:
+        (folder / "model.safetensors").write_bytes(b"x")
+        return {}
+
+    def use(store: Store) -> Path:
+        return store.stage("fit", {"seed": 1}, compute, modules=("store.py",)).folder
+
+    first, second = Store(tmp_path, {}, keep="last"), Store(tmp_path, {}, keep="last")
+    with second:
+        with first:
+            use(first)
+            weights = use(second) / "model.safetensors"
+            first.drop_weights(weights.parent)
+            assert weights.exists()
+        second.drop_weights(weights.parent)
+        assert not weights.exists()
+    assert second.tally.reused == {"fit": 1}
 
 
 def test_a_mean_anchor_and_a_start_from_the_tuned_model_keep_what_they_read(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_a_resumed_command_is_the_old_one_in_its_folder(tmp_path: Path) -> None:
     quoted = str(folder).replace("'", "\\'")
     where = [f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
     launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=3"]
-    again = ["--multirun", "merge.ratio=0.5,1.0", *launcher, "--config-dir", "mine", *where]
+    again = ["--multirun", "--config-dir", "mine", "merge.ratio=0.5,1.0", *launcher, *where]
     assert sweep.resumed([f"sweep.resume={folder}"]) == again
     assert sweep.resumed(["-m", f"sweep.resume='{folder}'", "hydra.sweep.dir=other"]) == again
     # what says how to run replaces what said it before, another launcher also the settings of the old one

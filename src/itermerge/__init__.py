@@ -29,8 +29,10 @@ class Run:
         number = self.rounds[-1]["round"] if number is None else number  # pyright: ignore[reportAssignmentType]
         folder = self.folder / "rounds" / f"{int(number or 0):02d}" / "model"
         if not folder.is_dir():
+            have = [str(int(d.parent.name)) for d in sorted(self.folder.glob("rounds/*/model"))]
             raise FileNotFoundError(
-                f"round {number} of {self.folder} has no model; rounds 1 to {len(self.rounds) - 1} have"
+                f"round {number} of {self.folder} has no model (rounds that have one: {', '.join(have) or 'none'}; "
+                "store.keep says whose weights stay)"
             )
         return Policy(folder)
 

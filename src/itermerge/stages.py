@@ -406,7 +406,7 @@ class Bench:
 
         def put(folder: Path) -> None:
             for file in sorted(folder.iterdir()):
-                if file.is_file() and file.name not in NOT_THE_MODEL:
+                if file.is_file() and file.name not in NOT_THE_MODEL and not file.name.startswith("."):
                     place(file, target / file.name, link=folder != self.base.folder)
 
         self._whole(model, put)

@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 DROPPED = "dropped.json"  # names of files that are not kept; the manifest still has their digests
 KEPT = "kept"  # marks weights that a run with store.keep=all wants
 RUNS = "runs"  # a lock file for each run that uses the store
+USED = ".used-"  # with a run's name, beside weights that it has used
 SOURCE = Path(__file__).parent
 WEIGHTS = ".safetensors"
 
@@ -78,6 +79,7 @@ class Store:
 
     def __init__(self, root: Path, environment: Mapping[str, Any], keep: str = "all") -> None:
         self.root, self.environment, self.keep, self.tally = Path(root), dict(environment), keep, Tally()
+        self.run = ""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
@@ -91,7 +93,8 @@ class Store:
 
     def __enter__(self) -> Store:
         (self.root / RUNS).mkdir(exist_ok=True)
-        self.lease = lock_file(self.root / RUNS / f"{socket.gethostname()}-{os.getpid()}-{id(self):x}.lock")
+        self.run = f"{socket.gethostname()}-{os.getpid()}-{time.time_ns():x}.lock"
+        self.lease = lock_file(self.root / RUNS / self.run)
         self.lease.acquire()
         return self
 
@@ -133,8 +136,8 @@ class Store:
                             f"stage {name!r} gave other bytes than before its weights were dropped ({folder}); what "
                             "was made from the former ones cannot go on. Use a new store.dir, or store.keep=all"
                         )
-        if self.keep == "all" and any(file.endswith(WEIGHTS) for file in got.files):
-            (folder / KEPT).touch()
+        if any(file.endswith(WEIGHTS) for file in got.files):
+            (folder / (KEPT if self.keep == "all" else f"{USED}{self.run}")).touch()
         if counts is self.tally.reused:
             journal.info("found %s %s", name, key[:16])
             with suppress(OSError):
@@ -150,8 +153,12 @@ class Store:
         return got
 
     def drop_weights(self, folder: Path) -> None:
-        """Removes an artifact's weights, unless a run with keep=all has used them; its facts and digests stay."""
+        """Removes an artifact's weights, unless a run with keep=all has used them, or another that is under way: that
+        one will do it. Facts and digests stay."""
         if (folder / KEPT).exists() or not (folder / MANIFEST).exists() or (folder / DROPPED).exists():
+            return
+        users = [mark.name.removeprefix(USED) for mark in folder.glob(f"{USED}*")]
+        if any(user != self.run and is_held(self.root / RUNS / user) for user in users):
             return
         names = sorted(str(f.relative_to(folder)) for f in folder.rglob(f"*{WEIGHTS}"))
         with self._lock(folder, folder.parent.parent.name):
@@ -258,6 +265,19 @@ def lock_file(path: Path) -> FileLock:
     """A lock that the system frees when its holder dies. Where the file system has no such locks, filelock warns and
     takes a lock by existence, which notices a dead holder on the same machine alone."""
     return FileLock(path)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds this lock."""
+    if not path.is_file():
+        return False
+    lock = lock_file(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    lock.release()
+    return False
 
 
 @cache

@@ -50,7 +50,18 @@ def resumed(arguments: Sequence[str]) -> list[str]:
         keys |= {a.partition("=")[0] for a in old if a.startswith(("hydra.launcher.", "hydra/launcher=", "launch="))}
     old = [a for a in old if a.partition("=")[0] not in keys and a not in ("-m", "--multirun")]
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return ["--multirun", *old, *new, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
+    flags, overrides = _flags_first([*old, *new])
+    return ["--multirun", *flags, *overrides, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
+
+
+def _flags_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Options with their values, and overrides: argparse wants the overrides in one piece."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    for i, argument in enumerate(arguments):
+        is_value = i > 0 and arguments[i - 1] in ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
+        (flags if argument.startswith("-") or is_value else overrides).append(argument)
+    return flags, overrides
 
 
 def begin(folder: Path, jobs: Sequence[Sequence[str]] | None, command: Sequence[str], resume: bool) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,7 +103,8 @@ console = Console(stderr=False)
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Tick]:
-    """A bar over `total` steps; silent where the output is not a terminal."""
+    """A bar over `total` steps; silent where the output is not a terminal, or is shared by several workers."""
+    alone = current_process().name == "MainProcess"
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -110,7 +112,7 @@ def progress(what: str, total: int) -> Iterator[Tick]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not (alone and console.is_terminal)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda n: bar.advance(task, n)
 

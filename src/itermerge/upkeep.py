@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import ModelLab, Root
-from .store import DROPPED, MANIFEST, RUNS, WEIGHTS, StoreError, examine, lock_file
+from .store import DROPPED, MANIFEST, RUNS, WEIGHTS, StoreError, examine, is_held, lock_file
 
 KEEP_ALL_UP_TO = 256 * 2**20  # bytes of float32 weights up to which store.keep=auto means all
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -161,16 +161,8 @@ def verify(root: Path) -> list[tuple[Kept, str]]:
 
 def oldest_run(root: Path) -> float | None:
     """When the longest-running of the runs that use the store now began; None when there is none."""
-    starts = []
-    for file in (root / RUNS).glob("*.lock"):
-        lock, began = lock_file(file), file.stat().st_mtime if file.exists() else time.time()
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            starts.append(began)
-        else:  # its run has ended, or was killed
-            file.unlink(missing_ok=True)
-            lock.release()
+    files = list((root / RUNS).glob("*.lock"))
+    starts = [file.stat().st_mtime for file in files if is_held(file)]
     return min(starts, default=None)
 
 
@@ -192,6 +184,9 @@ def prune(
         removed.append(kept)
     left = [f for f in root.glob("*/??/*.tmp*") if f.stat().st_mtime <= limit]
     if not dry_run:
+        for file in (root / RUNS).glob("*.lock"):
+            if not is_held(file):  # of a run that was killed
+                file.unlink(missing_ok=True)
         for folder in left:
             with_lock = lock_file(folder.with_name(f"{folder.name.partition('.tmp')[0]}.lock"))
             try:
