@@ -2,7 +2,7 @@
 
     python benchmarks/kill_sweep.py --kills 50        # about 10 minutes on two cores
 
-Each kill hits the whole process group, the parent alone (its workers live on for a while, and the resumed sweep meets
+Kills come up to 5 s after work has begun (every fourth at any time from the start of the process). Each hits the whole group, the parent alone (its workers live on for a while, and the resumed sweep meets
 them), or one worker. When a sweep is complete and kills are left, another begins with an empty store. Every complete
 sweep must have the bytes of an undisturbed one; `made` in the jobs' run.log shows how often a stage was computed to its
 end: never twice, so never more often than 1 + the times it was killed while running. Exit status 1 otherwise.
@@ -22,11 +22,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kill_and_resume import SMALL, digests
+from kill_and_resume import digests
 
 JOBS = 6
 WORDS = (
-    "--multirun", *SMALL, "merge.ratio=0.3,0.5,1.0", "rounds=2,4", "merge.every_n_epochs=last", "hydra/launcher=joblib",
+    "--multirun", "suite.n=60", "task.n_train=120", "suite.pass_k_n=32", "task.n_validation=60", "merge.ratio=0.3,0.5,1.0", "rounds=2,4", "merge.every_n_epochs=last", "hydra/launcher=joblib",
     "hydra.launcher.n_jobs=2",
 )  # fmt: skip
 
@@ -79,6 +79,13 @@ def kill(process: subprocess.Popen[bytes], how: str, draw: random.Random) -> str
     return how
 
 
+def wait_for_work(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Until a stage has been started by this process or its workers."""
+    before = stages(folder)[0].total()
+    while process.poll() is None and stages(folder)[0].total() == before:
+        time.sleep(0.05)
+
+
 def stages(folder: Path) -> tuple[Counter[str], Counter[str]]:
     """How often each stage was started, and how often it was made, by the run.log of all jobs."""
     text = "".join(f.read_text() for f in sorted(folder.glob("*/run.log")))
@@ -114,7 +121,11 @@ def main() -> None:
             while True:
                 process = start(folder, resume=(folder / "sweep.json").is_file())
                 left = kills.total() < args.kills
-                at = draw.uniform(1, 0.6 * seconds)
+                at = draw.uniform(0, 5)
+                if draw.random() < 0.25:
+                    at = draw.uniform(1, 0.5 * seconds)
+                elif left:
+                    wait_for_work(process, folder)
                 try:
                     process.wait(at if left else None)
                 except subprocess.TimeoutExpired:
