@@ -1,11 +1,12 @@
 """Sweeps of 6 jobs over 2 workers, killed (kill -9) at random moments and resumed until they are complete.
 
-    python benchmarks/kill_sweep.py --kills 50        # about 10 minutes on two cores
+    python benchmarks/kill_sweep.py --kills 50        # about 15 minutes on two cores
 
-Kills come up to 5 s after work has begun (every fourth at any time from the start of the process). Each hits the whole group, the parent alone (its workers live on for a while, and the resumed sweep meets
-them), or one worker. When a sweep is complete and kills are left, another begins with an empty store. Every complete
-sweep must have the bytes of an undisturbed one; `made` in the jobs' run.log shows how often a stage was computed to its
-end: never twice, so never more often than 1 + the times it was killed while running. Exit status 1 otherwise.
+Kills come up to 5 s after work has begun, every fourth at any time from the start of the process. Each hits the whole
+process group, the parent alone (its workers live on for a while, and the resumed sweep meets them), or one worker. When
+a sweep is complete and kills are left, another begins with an empty store. Every complete sweep must have the bytes of an
+undisturbed one; `made` in the jobs' run.log shows how often a stage was computed to its end: never twice, so never more
+often than 1 + the times it was killed while running. Exit status 1 otherwise.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from kill_and_resume import digests
 
 JOBS = 6
 WORDS = (
-    "--multirun", "suite.n=60", "task.n_train=120", "suite.pass_k_n=32", "task.n_validation=60", "merge.ratio=0.3,0.5,1.0", "rounds=2,4", "merge.every_n_epochs=last", "hydra/launcher=joblib",
-    "hydra.launcher.n_jobs=2",
+    "--multirun", "suite.n=60", "task.n_train=120", "suite.pass_k_n=32", "task.n_validation=60", "rounds=2,4",
+    "merge.ratio=0.3,0.5,1.0", "merge.every_n_epochs=last", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
 )  # fmt: skip
 
 
