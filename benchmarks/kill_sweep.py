@@ -5,8 +5,8 @@
 Kills come up to 5 s after work has begun, every fourth at any time from the start of the process. Each hits the whole
 process group, the parent alone (its workers live on for a while, and the resumed sweep meets them), or one worker. When
 a sweep is complete and kills are left, another begins with an empty store. Every complete sweep must have the bytes of
-an undisturbed one; `made` in the jobs' run.log shows how often a stage was computed to its end: never twice, so never more
-often than 1 + the times it was killed while running. Exit status 1 otherwise.
+an undisturbed one; `made` in the jobs' run.log shows how often a stage was computed to its end: never twice, so never
+more often than 1 + the times it was killed while running. Exit status 1 otherwise.
 """
 
 from __future__ import annotations

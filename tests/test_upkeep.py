@@ -66,13 +66,15 @@ def test_list_says_size_age_stage_and_config(tmp_path: Path, capsys: pytest.Capt
     assert code == 0
     assert "2 artifacts" in said
     rows = [line for line in said.splitlines() if line.startswith("│")]
-    assert [row.split("│")[1].strip() for row in rows] == ["merge", "fit"]  # last used first
+    assert [row.split("│")[1].strip() for row in rows] == ["merge", "fit", "fit", "merge"]  # last used first; sums
     assert folders["fit"].name[:16] in rows[1]
     assert "3d" in rows[1]
     size = sum(f.stat().st_size for f in folders["fit"].iterdir())
     assert f"{size / 1000:.1f} kB" in rows[1]
     assert "lr=0.1" in rows[1]
-    assert _run("list", "--dir", str(tmp_path), "--stage", "fit", capsys=capsys)[1].count("│fit") == 1
+    assert "lr=0.1 n=4 threads=1" in rows[1]
+    only = _run("list", "--dir", str(tmp_path), "--stage", "fit", capsys=capsys)[1]
+    assert (only.count("│fit"), only.count("│merge")) == (2, 0)
 
 
 def test_verify_finds_the_damaged_and_removes_it_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -248,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pruner.add_argument("--weights", action="store_true", help="removes weights alone: facts and samples stay")
     pruner.add_argument("--dry-run", action="store_true", help="says what would go, and removes nothing")
     args = parser.parse_args(arguments)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=200)
     if not args.dir.is_dir():
         print(f"error: --dir: there is no store at {args.dir}", file=sys.stderr)
         sys.exit(2)
@@ -282,35 +282,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _table(root: Path, stage: str | None, order: str) -> Table:
+    """A line an artifact, and a line a stage at the end."""
     kept = [k for k in artifacts(root) if stage in (None, k.stage)]
     kept.sort(key=(lambda k: -k.used) if order == "age" else (lambda k: -k.size))
     total = f"{len(kept)} artifacts, {_bytes(sum(k.size for k in kept))}, in {root}"
     table = Table(title=total, title_justify="left", padding=(0, 0))
-    for column in ("stage", "key", "size", "last use", "config"):
+    for column, width in (("stage", 8), ("key", 16), ("size", 8), ("last use", 8), ("config", None)):
         right = column in ("size", "last use")
-        table.add_column(column, justify="right" if right else "left", no_wrap=column != "config")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True, min_width=width)
     now = time.time()
     for k in kept:
         table.add_row(k.stage, k.folder.name[:16], _bytes(k.size), _ago(now - k.used), _config(k.inputs()))
+    table.add_section()
+    for name in sorted({k.stage for k in kept}):
+        mine = [k for k in kept if k.stage == name]
+        oldest = _ago(now - min(k.used for k in mine))
+        table.add_row(name, f"all {len(mine)}", _bytes(sum(k.size for k in mine)), f"<= {oldest}", "")
     return table
 
 
 def _config(inputs: Mapping[str, Any]) -> str:
-    """The inputs that a person chose, as key=value."""
-    said = []
+    """The inputs that a person chose, as key=value; what tells artifacts apart first."""
+    first = ("rule", "ratio", "lr", "epochs", "family", "dataset", "n", "temperature", "dtype", "batch_size")
+    said: list[tuple[str, Any]] = []
 
     def walk(prefix: str, value: Any) -> None:
         if isinstance(value, dict):
             for name, inner in value.items():
                 walk(name, inner)
         elif value is not None and not (isinstance(value, str) and len(value) == 64) and not isinstance(value, list):
-            said.append(f"{prefix}={value}")
+            said.append((prefix, value))
 
     for name, value in inputs.items():
         if name not in ("stage", "source", "environment", "seed"):
             walk(name, value)
-    threads = inputs.get("environment", {}).get("threads")
-    return " ".join([*said, *([f"threads={threads}"] if threads else [])])
+    if threads := inputs.get("environment", {}).get("threads"):
+        said.append(("threads", threads))
+    said.sort(key=lambda item: first.index(item[0]) if item[0] in first else len(first))
+    return " ".join(f"{name}={value}" for name, value in said)
 
 
 def _age(text: str) -> float:
