@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: --dir: there is no store at {args.dir}", file=sys.stderr)
         sys.exit(2)
     if args.verb == "list":
-        console.print(_table(args.dir, args.stage, args.sort))
+        console.print(_table(args.dir, args.stage, args.sort, console.width))
     elif args.verb == "verify":
         damaged = [(k, p) for k, p in verify(args.dir) if args.stage in (None, k.stage)]
         for kept, problem in damaged:
@@ -281,18 +281,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )  # fmt: skip
 
 
-def _table(root: Path, stage: str | None, order: str) -> Table:
+def _table(root: Path, stage: str | None, order: str, width: int) -> Table:
     """A line an artifact, and a line a stage at the end."""
     kept = [k for k in artifacts(root) if stage in (None, k.stage)]
     kept.sort(key=(lambda k: -k.used) if order == "age" else (lambda k: -k.size))
     total = f"{len(kept)} artifacts, {_bytes(sum(k.size for k in kept))}, in {root}"
     table = Table(title=total, title_justify="left", padding=(0, 0))
-    for column, width in (("stage", 8), ("key", 16), ("size", 8), ("last use", 8), ("config", None)):
-        right = column in ("size", "last use")
-        table.add_column(column, justify="right" if right else "left", no_wrap=True, min_width=width)
+    for column in ("stage", "key", "size", "last use", "config"):
+        table.add_column(column, justify="right" if column in ("size", "last use") else "left", no_wrap=True)
+    room = max(10, width - 54)  # what the other columns leave
     now = time.time()
     for k in kept:
-        table.add_row(k.stage, k.folder.name[:16], _bytes(k.size), _ago(now - k.used), _config(k.inputs()))
+        table.add_row(k.stage, k.folder.name[:16], _bytes(k.size), _ago(now - k.used), _config(k.inputs())[:room])
     table.add_section()
     for name in sorted({k.stage for k in kept}):
         mine = [k for k in kept if k.stage == name]
