@@ -67,6 +67,9 @@ def test_metrics_of_ood_validation_need_items() -> None:
     with pytest.raises(ConfigError, match=r"optimized_metric: val/ood/acc needs .* set suite\.n_validation"):
         check(compose_config("optimized_metric=val/ood/acc"))
     check(compose_config("optimized_metric=val/ood/near/acc", "suite.n_validation=20"))
+    for metric in ("val/ood/near/acc", "ood/near/acc"):
+        with pytest.raises(ConfigError, match=f"optimized_metric: '{metric}' is none of"):
+            check(compose_config(f"optimized_metric={metric}", "suite.n_validation=20", "suite.near=[]"))
 
 
 def test_a_member_that_needs_a_value_says_so() -> None:

@@ -19,6 +19,7 @@ from itermerge.decoding import complete
 from itermerge.policy import PolicyError, read_weights
 from itermerge.sft import SftError
 from itermerge.stages import EmptyRound
+from itermerge.store import Store
 from itermerge.tasks import TaskError
 from itermerge.tracking import TrackingError, WandbTracker
 
@@ -518,6 +519,19 @@ def test_weights_that_are_not_kept_change_no_result_and_are_made_again_where_nee
     assert warm["stages"]["computed"] == {}  # facts are enough
 
 
+@pytest.mark.parametrize("anchor", ["mean", "previous"])
+def test_weights_made_again_inside_a_fit_do_not_disturb_it(anchor: str, tmp_path: Path) -> None:
+    """The anchor of an event inside the fit was dropped: it is computed with the policy that is to be trained."""
+    how = (f"merge.anchor={anchor}", "sft.epochs=2", "merge.every_n_epochs=1", "suite.pass_k_n=0")
+    run_here(tmp_path / "all", f"store.dir={tmp_path / 'other'}", *how, "rounds=3")
+    where = (f"store.dir={tmp_path / 'store'}", *how, "store.keep=last")
+    run_here(tmp_path / "two", *where, "rounds=2")
+    for weights in (tmp_path / "store").rglob("*.safetensors"):  # also those of the last round
+        Store(tmp_path / "store", {}, keep="none").drop_weights(weights.parent)
+    run_here(tmp_path / "three", *where, "rounds=3")
+    assert _facts(tmp_path / "three") == _facts(tmp_path / "all")
+
+
 def test_weights_that_another_run_keeps_are_not_dropped(tmp_path: Path) -> None:
     where = f"store.dir={tmp_path / 'store'}"
     run_here(tmp_path / "all", where, "store.keep=all")
@@ -529,7 +543,6 @@ def test_weights_that_another_run_keeps_are_not_dropped(tmp_path: Path) -> None:
 
 def test_weights_that_a_run_under_way_has_used_are_dropped_by_the_last_of_them(tmp_path: Path) -> None:
     """Two runs of one chain at once (rounds=1,2,3 over workers): the first to end must not take the other's weights."""
-    from itermerge.store import Store
 
     def compute(folder: Path) -> dict[str, Any]:
         (folder / "model.safetensors").write_bytes(b"x")

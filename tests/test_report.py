@@ -42,6 +42,7 @@ def write_job(folder: Path, ids: list[int], oods: list[int], *words: str, best: 
         (folder / "rounds" / f"{t:02d}" / "scores.json").write_text(json.dumps({"chain": {"correct": correct}}))
     stages = {"computed": {"fit": 3, "merge": 1}, "reused": {"sample": 6}, "seconds_saved": saved}
     (folder / "summary.json").write_text(json.dumps({"stages": stages, "best_round_by_validation": best}))
+    (folder / "DONE").write_text("")
 
 
 @pytest.fixture
@@ -138,6 +139,21 @@ def test_how_a_sweep_was_resumed_is_no_key_of_it(tmp_path: Path) -> None:
 
 def test_numbers_in_labels_have_four_digits() -> None:
     assert report.label({"sft.lr": 0.00023823967, "merge.ratio": 0.5, "rounds": 3}) == "lr=0.0002382 ratio=0.5 rounds=3"
+
+
+def test_settings_whose_short_labels_are_alike_are_not_taken_for_seeds(tmp_path: Path) -> None:
+    write_job(tmp_path / "0", [20, 40], [80, 80], "merge.ratio=0.512345678")
+    write_job(tmp_path / "1", [20, 60], [80, 70], "merge.ratio=0.512312345")
+    table, _ = report.sweep(tmp_path)
+    assert [row[:2] for row in _cells(table)] == [["ratio=0.512345678", "+20.0"], ["ratio=0.512312345", "+40.0"]]
+
+
+def test_a_job_without_its_mark_is_no_result(tmp_path: Path) -> None:
+    """It failed after its summary, and is under way again."""
+    for name in "01":
+        write_job(tmp_path / name, [20, 40], [80, 80], f"seed={name}")
+    (tmp_path / "1" / "DONE").unlink()
+    assert [j.folder.name for j in report.read_sweep(tmp_path)] == ["0"]
 
 
 def test_reports_need_no_torch() -> None:

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ class Compute:
 
 
 def _stage(at: Store, compute: Callable[[Path], Mapping[str, Any]], name: str = "s", **changes: Any) -> Artifact:
-    modules = changes.pop("modules", ("store.py",))
-    return at.stage(name, {**INPUTS, **changes}, compute, modules=modules)
+    modules, whole = changes.pop("modules", ("store.py",)), changes.pop("whole", False)
+    return at.stage(name, {**INPUTS, **changes}, compute, modules=modules, whole=whole)
 
 
 def _files(root: Path) -> list[Path]:
@@ -335,6 +336,85 @@ def test_a_dead_holder_is_survived_and_its_leftovers_go(tmp_path: Path, caplog: 
     assert {f.name for f in got[0].folder.parent.iterdir()} == {got[0].key, f"{got[0].key}.lock"}
     assert at.tally.seconds[0]["waited"] > 0.5
     assert at.tally.seconds_store < 0.5  # waiting is no cost of the store's
+
+
+def test_the_work_of_another_machine_is_left_alone(tmp_path: Path) -> None:
+    """Where locks do not reach it, it may be computing the same stage."""
+    compute, at = Compute(), Store(tmp_path, ENVIRONMENT)
+    folder = _stage(at, compute).folder
+    theirs = folder.with_name(f"{folder.name}.tmp-elsewhere-7")
+    theirs.mkdir()
+    shutil.rmtree(folder)
+    _stage(at, compute)
+    assert compute.runs == 2
+    assert theirs.is_dir()
+
+
+def test_an_artifact_that_is_taken_away_after_it_was_found_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute, at = Compute(), Store(tmp_path, ENVIRONMENT)
+    made = _stage(at, compute)
+    real, first = Store._find, [True]
+
+    def find(self: Store, folder: Path, key: str, whole: bool) -> Artifact | None:
+        got = real(self, folder, key, whole)
+        if first:
+            first.clear()
+            shutil.rmtree(folder)
+        return got
+
+    monkeypatch.setattr(Store, "_find", find)
+    assert _stage(at, compute) == made
+    assert compute.runs == 2
+
+
+def test_weights_that_a_killed_drop_left_are_dropped_the_next_time(tmp_path: Path) -> None:
+    def weights(folder: Path) -> Mapping[str, Any]:
+        (folder / "model.safetensors").write_bytes(b"x")
+        return {}
+
+    at = Store(tmp_path, ENVIRONMENT, keep="last")
+    folder = _stage(at, weights).folder
+    (folder / store.DROPPED).write_text('["model.safetensors"]')
+    at.drop_weights(folder)
+    assert not (folder / "model.safetensors").exists()
+    assert _stage(at, weights, whole=True).folder == folder
+    assert (folder / "model.safetensors").exists()
+
+
+def test_weights_that_come_back_otherwise_are_refused(tmp_path: Path) -> None:
+    at, content = Store(tmp_path, ENVIRONMENT, keep="last"), [b"x"]
+
+    def weights(folder: Path) -> Mapping[str, Any]:
+        (folder / "model.safetensors").write_bytes(content[0])
+        return {}
+
+    folder = _stage(at, weights).folder
+    at.drop_weights(folder)
+    assert _stage(at, weights).folder == folder  # the facts are enough
+    content[0] = b"y"
+    with pytest.raises(StoreError, match="gave other bytes than before its weights were dropped"):
+        _stage(at, weights, whole=True)
+    assert (folder / "manifest.json").exists()
+
+
+def test_seconds_of_a_stage_leave_out_those_that_it_had_computed_inside(tmp_path: Path) -> None:
+    at = Store(tmp_path, ENVIRONMENT)
+
+    def inner(folder: Path) -> Mapping[str, Any]:
+        time.sleep(0.3)
+        return {}
+
+    def outer(folder: Path) -> Mapping[str, Any]:
+        _stage(at, inner, name="inner")
+        return {}
+
+    _stage(at, outer, name="outer")
+    took = {s["stage"]: s["seconds"] for s in at.tally.seconds}
+    assert took["inner"] >= 0.3
+    assert took["outer"] < 0.2
+    assert at.tally.seconds_store < 0.2
 
 
 def _mounts(tmp_path: Path, *lines: str) -> Path:

@@ -54,6 +54,15 @@ def test_a_resumed_command_is_the_old_one_in_its_folder(tmp_path: Path) -> None:
     assert [a for a in fewer if "launcher" in a] == ["hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
     for other in ("hydra/launcher=basic", "launch=gpus"):
         assert [a for a in sweep.resumed([f"sweep.resume={folder}", other]) if "launch" in a] == [other]
+    # so does where things are kept, and a member of a group takes the keys of the former with it
+    folder2 = _folder(
+        tmp_path / "b", ["-m", "seed=0,1", "store.dir=x", "logger=wandb", "logger.project=p"], [["seed=0"]]
+    )
+    kept = sweep.resumed([f"sweep.resume={folder2}", "store.check_space=false", "logger=jsonl"])
+    assert kept[1:5] == ["seed=0,1", "store.dir=x", "store.check_space=false", "logger=jsonl"]
+    assert sweep.resumed([f"sweep.resume={folder2}", "store=none"])[1:5] == [
+        "seed=0,1", "logger=wandb", "logger.project=p", "store=none"
+    ]  # fmt: skip
     # a whole command stays what it is
     typed = sweep.resumed(["-m", "merge.ratio=0.3", f"sweep.resume={folder}"])
     assert typed == ["--multirun", "merge.ratio=0.3", *where]
@@ -70,9 +79,9 @@ def test_a_sweep_is_not_begun_twice_and_goes_on_only_as_itself(tmp_path: Path) -
     folder = _folder(tmp_path / "s", ["-m", "seed=0,1"], jobs)
     with pytest.raises(SweepError, match=r"holds a sweep already, which is not overwritten; sweep\.resume=.*goes on"):
         sweep.begin(folder, jobs, ["-m", "seed=0,1"], resume=False)
-    around = [["seed=0", f"sweep.resume={folder}", "hydra.sweep.subdir=0", "launch=gpus"], ["seed=1"]]
+    around = [["seed=0", f"sweep.resume={folder}", "hydra.sweep.subdir=0", "launch=gpus", "store.dir=x"], ["seed=1"]]
     sweep.begin(folder, around, [], resume=True)  # what is not the job's own does not count
-    assert sweep.read(folder) == {"command": ["-m", "seed=0,1"], "jobs": jobs}
+    assert sweep.read(folder) == {"command": ["-m", "seed=0,1"], "cwd": os.getcwd(), "jobs": jobs}
     for other, said in ([["seed=0"], ["seed=2"]], "job 1 is 'seed=1', here it is 'seed=2'"), (
         [["seed=0"]], "job 1 is 'seed=1', here it is 'no such job'"
     ):  # fmt: skip
@@ -91,7 +100,11 @@ def test_marks(tmp_path: Path) -> None:
             (folder / name / mark).write_text("Traceback\n  x\nValueError: no\n")
     assert [sweep.mark_of(folder / n) for n in "012"] == ["DONE", "FAILED", None]
     assert sweep.failed_before(folder) == "1"
-    assert sweep.why(folder / "1") == "ValueError: no"
+    assert sweep.why(folder / "1" / "FAILED") == "ValueError: no"
+    sweep.retry(folder / "1")
+    assert sweep.mark_of(folder / "1") is None
+    assert sweep.why(folder / "1" / sweep.BEFORE) == "ValueError: no"
+    assert sweep.failed_before(folder) is None
 
 
 # --- GPUs ----------------------------------------------------------------------------------------------------------
@@ -160,15 +173,20 @@ def test_failed_jobs_are_named_and_tried_again_and_what_is_done_is_left_alone(tm
     shutil.copytree(stages.LAB_SEED0, tmp_path / "models" / "lab-seed77")
     second = itermerge("sweep.resume=sweep", cwd=tmp_path)
     assert second.returncode == 0, second.stderr
-    assert "1 of 2 jobs are done already, 1 to run" in second.stdout
-    assert "#1" not in second.stdout.split("1 to run")[0]
+    assert "1 of 2 jobs are done already, 1 to run: 1\n" in second.stdout
     assert [sweep.mark_of(folder / n) for n in "01"] == ["DONE", "DONE"]
-    assert not (folder / "1" / "FAILED").exists()
+    assert "TaskError" in (folder / "1" / sweep.BEFORE).read_text()
     assert "tried again; before, it failed with: itermerge.tasks.TaskError" in (folder / "1" / "run.log").read_text()
     assert _times(folder / "0") == before
-    third = itermerge("sweep.resume=sweep", cwd=tmp_path)
+    third = itermerge("sweep.resume=sweep", "store.check_space=false", cwd=tmp_path)
     assert third.returncode == 0, third.stderr
-    assert "2 of 2 jobs are done already, 0 to run" in third.stdout
+    assert "2 of 2 jobs are done already, 0 to run\n" in third.stdout
+
+    config = folder / "0" / "config.yaml"  # as if a default had been another one then
+    config.write_text(config.read_text().replace("warmup_ratio: 0.03", "warmup_ratio: 0.3"))
+    changed = itermerge("sweep.resume=sweep", cwd=tmp_path)
+    assert changed.returncode == 2
+    assert "job 0 in sweep is done with another config than it would have now" in changed.stderr
 
 
 def test_on_error_stop_leaves_out_what_has_not_begun(tmp_path: Path) -> None:
@@ -179,6 +197,11 @@ def test_on_error_stop_leaves_out_what_has_not_begun(tmp_path: Path) -> None:
     assert "job 1 is not started: job 0 failed (sweep.on_error=stop)" in done.stderr
     assert "2 of 2 jobs are not done: 1 failed, 1 interrupted or not begun. To run them:" in done.stderr
     assert not (tmp_path / "sweep" / "1" / "rounds.jsonl").exists()
+    shutil.copytree(stages.LAB_SEED0, Path(os.environ["ITERMERGE_HOME"]) / "models" / "lab-seed77")
+    again = itermerge("sweep.resume=sweep", cwd=tmp_path)  # the old failure holds nothing up
+    shutil.rmtree(Path(os.environ["ITERMERGE_HOME"]) / "models" / "lab-seed77")
+    assert again.returncode == 0, again.stderr
+    assert [sweep.mark_of(tmp_path / "sweep" / n) for n in "01"] == ["DONE", "DONE"]
 
 
 def test_a_sweep_that_was_killed_goes_on_in_its_folder(tmp_path: Path) -> None:
@@ -258,9 +281,9 @@ def test_two_workers_share_stages_and_give_the_bytes_of_one(tmp_path: Path) -> N
         assert deterministic_set(tmp_path / "sweep" / str(job)) == deterministic_set(alone)
 
 
-def test_a_worker_that_dies_ends_the_sweep_with_what_is_left(tmp_path: Path) -> None:
-    """Hydra itself ends with joblib's error; what is done and how to go on is said all the same."""
-    words = (*ONE, "rounds=6", "merge.ratio=0.25,0.75", "hydra.sweep.dir=sweep", "hydra/launcher=joblib")
+def test_when_a_worker_dies_its_job_has_failed_and_the_others_go_on(tmp_path: Path) -> None:
+    """joblib ends with an error and takes the other worker along; what had not begun is launched again."""
+    words = (*ONE, "rounds=6", "merge.ratio=0.25,0.5,0.75", "hydra.sweep.dir=sweep", "hydra/launcher=joblib")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", "itermerge", *words, "hydra.launcher.n_jobs=2", f"store.dir={tmp_path / 'store'}"]
     started = subprocess.Popen(command, cwd=tmp_path, **pipes)
@@ -278,8 +301,12 @@ def test_a_worker_that_dies_ends_the_sweep_with_what_is_left(tmp_path: Path) -> 
         pytest.fail("no worker found")
     _, err = started.communicate(timeout=300)
     assert started.returncode == 1
-    assert "TerminatedWorkerError" in err
-    assert re.search(r"\d of 2 jobs are not done: 0 failed, \d interrupted or not begun\. To run them:", err)
+    marks = [sweep.mark_of(tmp_path / "sweep" / n) for n in "012"]
+    assert "FAILED" in marks
+    assert "DONE" in marks
+    assert None not in marks
+    assert "the launcher ended with TerminatedWorkerError; 1 jobs are launched again" in err
+    assert re.search(r"\d of 3 jobs are not done: \d failed\. To run them:", err)
     done = itermerge("sweep.resume=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert made_more_than_once(tmp_path / "sweep") == {}
@@ -341,7 +368,7 @@ def test_a_search_that_is_resumed_asks_what_it_would_have_asked(algorithm: str, 
             batch = search.ask(1, 12)
             if name == "killed" and step % 3 == 0:  # the process dies with the trial under way
                 search = _search(tmp_path / name, algorithm=algorithm)
-                assert search.again() == batch
+                assert search.again() == (batch, [])
             for number, params in batch.items():
                 asked[name].append((number, params))
                 _finish(tmp_path / name, number, params)
@@ -356,8 +383,8 @@ def test_a_failed_trial_is_asked_for_again_once(tmp_path: Path) -> None:
     ((number, params),) = search.ask(1, 2).items()
     search.tell(number, failed=True)
     again = _search(tmp_path / "s", ("val/id/acc",))
-    assert again.again() == {}
-    assert again.again() == {}
+    assert again.again() == ({}, [0])
+    assert again.again() == ({}, [])
     batch = again.ask(5, 2)
     assert next(iter(batch.values())) == params  # in a folder of its own; the failed one's stays as it is
     assert sorted(batch) == [1, 2]  # two trials, the repeated one not counted
@@ -365,6 +392,29 @@ def test_a_failed_trial_is_asked_for_again_once(tmp_path: Path) -> None:
         _finish(tmp_path / "s", n, p)
         again.tell(n, failed=False)
     assert again.ask(5, 2) == {}
+
+
+def test_a_trial_that_was_killed_while_it_was_thought_of_is_no_trial(tmp_path: Path) -> None:
+    search = _search(tmp_path / "s")
+    half = search.study.ask(fixed_distributions={"rounds": _space()["rounds"]})
+    again = _search(tmp_path / "s")
+    assert again.again() == ({}, [half.number])
+    ((number, params),) = again.ask(1, 1).items()
+    assert (number, params.keys()) == (1, _space().keys())
+
+
+def test_a_search_goes_on_as_it_was_begun(tmp_path: Path) -> None:
+    from itermerge.search import Search
+
+    _search(tmp_path / "s", ("val/id/acc",))
+    with pytest.raises(ConfigError, match=r"has metrics \['val/id/acc'\], here it is \['val/ood/acc'\]"):
+        _search(tmp_path / "s", ("val/ood/acc",))
+    with pytest.raises(ConfigError, match=r"has algorithm tpe, here it is random"):
+        _search(tmp_path / "s", ("val/id/acc",), algorithm="random")
+    with pytest.raises(ConfigError, match=r"has fixed \[\], here it is \['rounds=5'\]"):
+        Search(tmp_path / "s", _space(), ["val/id/acc"], "tpe", 0, ["rounds=5"])
+    with pytest.raises(ConfigError, match=r"has space \{.*'rounds'.*\}, here it is \{'merge.ratio'"):
+        Search(tmp_path / "s", {"merge.ratio": _space()["merge.ratio"]}, ["val/id/acc"], "tpe", 0)
 
 
 def test_the_front_holds_what_nothing_beats_in_both(tmp_path: Path) -> None:
@@ -398,7 +448,7 @@ def test_metrics_of_a_search_are_validation_figures() -> None:
 
 def test_optuna_over_the_command_line_and_on_after_its_end(tmp_path: Path) -> None:
     words = (
-        *ONE, "hydra/sweeper=optuna", "merge.ratio=interval(0.2,0.9)", "rounds=range(1,3)", "suite.pass_k_n=0",
+        *ONE, "hydra/sweeper=optuna", "merge.ratio=interval(0.2,0.9)", "rounds=int(interval(1,2))", "suite.pass_k_n=0",
         "sft.lr=tag(log,interval(1e-4,1e-3))", "suite.n_validation=8", f"store.dir={tmp_path / 'store'}",
         "hydra.sweeper.metrics=[val/id/acc,val/ood/acc]", "hydra.sweep.dir=search",
     )  # fmt: skip
@@ -415,8 +465,18 @@ def test_optuna_over_the_command_line_and_on_after_its_end(tmp_path: Path) -> No
         assert (row["val/id/acc"], row["val/ood/acc"]) == (final["val/id/acc"], final["val/ood/acc"])
         assert f"merge.ratio={row['params']['merge.ratio']}" in jobs[row["job"]]
     assert "Pareto front" in more.stdout
+    assert {re.search(r"rounds=(\\S+)", " ".join(job)).group(1) for job in jobs} <= {"1", "2"}
     reused = json.loads((tmp_path / "search" / "2" / "summary.json").read_text())["stages"]["reused"]
     assert reused["sample"] >= 1  # trials share what agrees
+
+
+def test_a_search_does_not_go_on_in_a_sweep_of_another_kind(tmp_path: Path) -> None:
+    _folder(tmp_path / "grid", ["-m", "merge.ratio=0.3,0.5"], [["merge.ratio=0.3"], ["merge.ratio=0.5"]])
+    done = itermerge(
+        *ONE, "sweep.resume=grid", "hydra/sweeper=optuna", "merge.ratio=interval(0.5,1)", cwd=tmp_path
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "grid holds no search (optuna.log), but a sweep of another kind" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -427,6 +487,8 @@ def test_optuna_over_the_command_line_and_on_after_its_end(tmp_path: Path) -> No
         (("merge.ratio=0.3,0.5", "hydra.sweeper.metrics=[ood/acc]"), "'ood/acc' is measured on test items"),
         (("merge.ratio=0.3,0.5", "hydra.sweeper.metrics=[val/ood/acc]"), "set suite.n_validation"),
         (("merge.ratio=0.3,0.5", "hydra.sweeper.algorithm=grid"), "'grid' is none of tpe, nsga2, random"),
+        (("merge.ratio=0.3,0.5", "hydra.sweeper.n_trials=0"), "hydra.sweeper.n_trials: must be at least 1, got 0"),
+        (("merge.ratio=0.3,0.5", "hydra.sweeper.n_jobs=-1"), "hydra.sweeper.n_jobs: must be at least 1, got -1"),
     ],
 )
 def test_mistakes_of_a_search_are_said_before_the_first_trial(

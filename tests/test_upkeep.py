@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -96,7 +97,7 @@ def test_prune_removes_by_last_use_and_says_first_what_would_go(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = _fill(tmp_path, {"fit": 40 * DAY, "merge": 10 * DAY, "sample": 50 * DAY})
-    leftover = folders["fit"].with_name(f"{folders['fit'].name}.tmp-host-1")
+    leftover = folders["fit"].with_name(f"{folders['fit'].name}.tmp-{socket.gethostname()}-1")
     leftover.mkdir()
     os.utime(leftover, times=(0, 0))
     words = ("prune", "--dir", str(tmp_path), "--older-than", "30d")
@@ -153,6 +154,14 @@ with Store(Path({str(tmp_path)!r}), {{"threads": 1}}):
     _fill(tmp_path, {"fit": 10})
     assert upkeep.oldest_run(tmp_path) is None
     assert len(upkeep.prune(tmp_path, 0)[0]) == 1
+
+
+def test_verify_does_not_remove_what_is_sound_again(tmp_path: Path) -> None:
+    """Between its look and its removal a run may have replaced the artifact."""
+    folders = _fill(tmp_path, {"fit": 0})
+    (kept,) = upkeep.artifacts(tmp_path)
+    assert not upkeep._remove(kept, float("inf"), damaged=True)
+    assert folders["fit"].exists()
 
 
 @pytest.mark.parametrize("age", ["30", "d", "-1d", "3y", ""])
@@ -215,6 +224,14 @@ def test_need_counts_models(keep: str, store: int, runs: int) -> None:
     kept = f"store.keep={keep}"
     cfgs = _cfgs(("rounds=1", kept), ("rounds=3", kept), ("rounds=2", "merge.ratio=1", kept))
     assert upkeep.need([(cfg, 10) for cfg in cfgs]) == (10 * store, 10 * runs)
+
+
+def test_need_of_runs_that_share_nothing_and_of_what_is_in_hand() -> None:
+    apart = _cfgs(("rounds=1", "store=none", "store.keep=all"), ("rounds=3", "store=none", "store.keep=all"))
+    assert upkeep.need([(cfg, 10) for cfg in apart]) == (10 * (2 * 4 + 3), 10 * 4)
+    (mean,) = _cfgs(("rounds=5", "store.keep=last", "merge.anchor=mean"))  # reads all merged models so far
+    assert upkeep.need([(mean, 10)]) == (10 * (2 + 3 + 5), 10)
+    assert upkeep.need([(mean, 10)], workers=2) == (10 * (2 + 2 * (3 + 5)), 10)
 
 
 def test_need_is_no_less_than_what_runs_keep(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from itermerge import cli, sweep
 from itermerge.config import ConfigError, Root, check, check_metric
+from itermerge.store import is_held
+from itermerge.upkeep import need
 
 
 class CheckedSweeper(BasicSweeper):
@@ -26,18 +29,30 @@ class CheckedSweeper(BasicSweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         try:
+            at_once = self.max_batch_size
+            if at_once is not None and at_once < 1:
+                raise ConfigError(f"hydra.sweeper.max_batch_size: must be at least 1, or null; got {at_once}")
             jobs = self.expand(arguments)
             cfgs = self.check(jobs)
             folder, resume = self.folder(), cfgs[0].sweep.resume is not None
-            todo = [i for i in range(len(jobs)) if not resume or sweep.mark_of(folder / str(i)) != "DONE"]
-            cli.before_sweep([cfgs[i] for i in todo], folder, done=len(jobs) - len(todo), workers=self.workers())
+            done = [i for i in range(len(jobs)) if resume and sweep.mark_of(folder / str(i)) == "DONE"]
+            todo = {i: jobs[i] for i in range(len(jobs)) if i not in done}
+            cli.before_sweep({i: cfgs[i] for i in todo}, folder, len(done), self.workers())
             sweep.begin(folder, jobs, sys.argv[1:], resume)
+            for i in done:
+                if not cli.same_config(folder / str(i), cfgs[i]):
+                    raise sweep.SweepError(
+                        f"sweep.resume: job {i} in {folder} is done with another config than it would have now (see "
+                        "its config.yaml); a default or a file of its command has changed since. Begin a new sweep"
+                    )
         except (ConfigError, sweep.SweepError, HydraException) as error:
             cli.die(str(error))
         with _Ending(folder):
-            size = self.max_batch_size or len(todo) or 1
-            for at in range(0, len(todo), size):
-                self.launch({i: jobs[i] for i in todo[at : at + size]}, folder)
+            for i in todo:
+                sweep.retry(folder / str(i))
+            numbers, size = list(todo), at_once or len(todo) or 1
+            for at in range(0, len(numbers), size):
+                self.launch({i: todo[i] for i in numbers[at : at + size]}, folder, cfgs[0].sweep.on_error)
 
     def expand(self, arguments: list[str]) -> list[list[str]]:
         """The overrides of each job."""
@@ -75,18 +90,44 @@ class CheckedSweeper(BasicSweeper):
         jobs = launcher.get("n_jobs", 1)
         return jobs if isinstance(jobs, int) else 1
 
-    def launch(self, jobs: dict[int, list[str]], folder: Path) -> None:
-        """Runs jobs by number, and marks those FAILED that ended before they could do it themselves."""
+    def launch(self, jobs: Mapping[int, list[str]], folder: Path, on_error: str) -> list[int]:
+        """Runs jobs by number, and marks those FAILED that could not do it themselves; the numbers of those that came
+        to their end. When the launcher itself ends with an error (a worker was killed), those that had not begun are
+        launched again, where it runs them on this machine; else the error is raised."""
         assert self.launcher is not None
         numbered = [[*overrides, f"hydra.sweep.subdir={i}"] for i, overrides in jobs.items()]
-        results = self.launcher.launch(numbered, initial_job_idx=min(jobs))
+        if not jobs:
+            return []
+        try:
+            results = self.launcher.launch(numbered, initial_job_idx=min(jobs))
+        except Exception as error:
+            left = {i: overrides for i, overrides in jobs.items() if sweep.mark_of(folder / str(i)) is None}
+            begun = [i for i in left if (folder / str(i) / "config.yaml").is_file()]
+            for i in begun:
+                if not is_held(folder / str(i) / cli.LOCK):  # else it is still running
+                    _mark_failed(folder / str(i), error)
+            again = {i: overrides for i, overrides in left.items() if i not in begun}
+            local = type(self.launcher).__name__ in ("BasicLauncher", "JoblibLauncher")
+            if not (begun and again and local and on_error == "continue"):
+                raise
+            print(
+                f"the launcher ended with {type(error).__name__}; {len(again)} jobs are launched again", file=sys.stderr
+            )
+            done = [i for i in jobs if sweep.mark_of(folder / str(i)) == "DONE"]
+            return done + self.launch(again, folder, on_error)
+        done = []
         for i, result in zip(jobs, results, strict=True):
-            error = result._return_value
-            if result.status == JobStatus.FAILED and not isinstance(error, cli.NotStarted):
-                mark = folder / str(i) / "FAILED"
-                if sweep.mark_of(mark.parent) is None:
-                    mark.parent.mkdir(exist_ok=True)
-                    mark.write_text("".join(traceback.format_exception(error)))
+            if result.status == JobStatus.COMPLETED:
+                done.append(i)
+            elif not isinstance(result._return_value, cli.NotStarted | cli.Occupied):
+                _mark_failed(folder / str(i), result._return_value)
+        return done
+
+
+def _mark_failed(folder: Path, error: Any) -> None:
+    if sweep.mark_of(folder) is None:
+        folder.mkdir(exist_ok=True)
+        (folder / "FAILED").write_text("".join(traceback.format_exception(error)))
 
 
 class OptunaSweeper(CheckedSweeper):
@@ -109,7 +150,7 @@ class OptunaSweeper(CheckedSweeper):
             import optuna  # noqa: F401
         except ImportError:
             cli.die("hydra/sweeper=optuna needs the extra 'optuna': pip install 'itermerge[optuna]'")
-        from itermerge.search import Search, check_metrics, overrides
+        from itermerge.search import LOG, Search, check_metrics, overrides
 
         try:
             space, fixed = self.space(arguments)
@@ -119,25 +160,34 @@ class OptunaSweeper(CheckedSweeper):
             check_metrics(metrics)
             for metric in metrics:
                 check_metric(cfgs[0], metric, "hydra.sweeper.metrics")
+            for key, value in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
+                if value is not None and value < 1:
+                    raise ConfigError(f"hydra.sweeper.{key}: must be at least 1, got {value}")
             folder, resume = self.folder(), cfgs[0].sweep.resume is not None
-            cli.before_sweep(cfgs[-1:] * self.n_trials, folder, done=0, workers=self.workers())
+            if resume and not (folder / LOG).is_file():
+                raise sweep.SweepError(f"sweep.resume: {folder} holds no search ({LOG}), but a sweep of another kind")
+            # each trial as large as the largest corner, and sharing nothing
+            dearest = max(cfgs, key=lambda cfg: need([(cfg, 1)]))
+            trials = {i: replace(dearest, seed=i) for i in range(self.n_trials)}
+            cli.before_sweep(trials, folder, done=0, workers=self.workers())
             sweep.begin(folder, None if resume else [], sys.argv[1:], resume)
-            search = Search(folder, space, metrics, self.algorithm, self.seed)
+            search = Search(folder, space, metrics, self.algorithm, self.seed, sweep.own(fixed))
         except (ConfigError, sweep.SweepError, HydraException) as error:
             cli.die(str(error))
         at_once = self.n_jobs or (os.cpu_count() or 1 if self.workers() < 0 else self.workers())
         with _Ending(folder, search.end):
-            batch = search.again() if resume else {}
+            batch, replaced = search.again() if resume else ({}, [])
+            for number in replaced:
+                if (folder / str(number) / "FAILED").is_file():
+                    os.replace(folder / str(number) / "FAILED", folder / str(number) / "REPLACED")
             while batch := batch or search.ask(at_once, self.n_trials):
                 jobs = {number: [*fixed, *overrides(params)] for number, params in batch.items()}
                 sweep.add_jobs(folder, jobs)
-                self.launch(jobs, folder)
+                done = self.launch(jobs, folder, cfgs[0].sweep.on_error)
                 for number in jobs:
-                    mark = sweep.mark_of(folder / str(number))
-                    if mark in ("DONE", "FAILED"):
-                        search.tell(number, failed=mark == "FAILED")
-                stopped = any(sweep.mark_of(folder / str(i)) != "DONE" for i in jobs)
-                if stopped and cfgs[0].sweep.on_error == "stop":
+                    if number in done or sweep.mark_of(folder / str(number)) == "FAILED":
+                        search.tell(number, failed=number not in done)
+                if len(done) < len(jobs) and cfgs[0].sweep.on_error == "stop":
                     break
                 batch = {}
 
@@ -158,9 +208,10 @@ class OptunaSweeper(CheckedSweeper):
             elif isinstance(swept, IntervalSweep):
                 assert swept.start is not None
                 assert swept.end is not None
-                whole = isinstance(swept.start, int) and isinstance(swept.end, int) and "int" in swept.tags
+                whole = "int" in swept.tags or (isinstance(swept.start, int) and isinstance(swept.end, int))
                 kind: Any = IntDistribution if whole else FloatDistribution
-                space[key] = kind(swept.start, swept.end, log="log" in swept.tags)
+                cast: Any = int if whole else float
+                space[key] = kind(cast(swept.start), cast(swept.end), log="log" in swept.tags)
             else:
                 pairs = zip(override.sweep_iterator(), override.sweep_string_iterator(), strict=True)
                 choices = [v if isinstance(v, bool | int | float) else text for v, text in pairs]

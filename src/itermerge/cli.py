@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,9 +80,9 @@ def job(composed: DictConfig) -> float | None:
         occupy(lock, folder, wait=not single)
         if not single and (folder / "DONE").exists() and same_config(folder, cfg):
             return figure_of(folder, cfg)
-        claim(folder, cfg)
         if not single and cfg.sweep.on_error == "stop" and (other := sweep.failed_before(folder.parent)):
             raise NotStarted(f"job {folder.name} is not started: job {other} failed (sweep.on_error=stop)")
+        claim(folder, cfg)
         value = start(cfg, folder, list(hydra_cfg.overrides.task))
         (folder / "DONE").write_text("")
         return value
@@ -113,7 +114,8 @@ def occupy(lock: Any, folder: Path, wait: bool) -> None:
 
 
 def same_config(folder: Path, cfg: Root) -> bool:
-    """Whether a run folder's config.yaml says the same, apart from the node `sweep`."""
+    """Whether a run folder's config.yaml says the same, apart from how it is run (no part of a result)."""
+    how = ("sweep", "store", "logger", "paths")
     try:
         theirs = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     except OSError:
@@ -121,7 +123,7 @@ def same_config(folder: Path, cfg: Root) -> bool:
     mine = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))))
     assert isinstance(theirs, dict)
     assert isinstance(mine, dict)
-    return {k: v for k, v in theirs.items() if k != "sweep"} == {k: v for k, v in mine.items() if k != "sweep"}
+    return {k: v for k, v in theirs.items() if k not in how} == {k: v for k, v in mine.items() if k not in how}
 
 
 def figure_of(folder: Path, cfg: Root) -> float | None:
@@ -137,11 +139,14 @@ def claim(folder: Path, cfg: Root) -> None:
         raise Occupied(f"{folder} holds a finished run, which is never overwritten; give another hydra.run.dir")
     if config.exists() and not same_config(folder, cfg):
         raise Occupied(f"{folder} holds an unfinished run of another config (see its config.yaml)")
-    if (folder / "FAILED").exists():
-        log.info("tried again; before, it failed with: %s", sweep.why(folder))
-    for mark in sweep.MARKS:
-        (folder / mark).unlink(missing_ok=True)
-    config.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
+    sweep.retry(folder)
+    if (folder / sweep.BEFORE).exists():
+        log.info("tried again; before, it failed with: %s", sweep.why(folder / sweep.BEFORE))
+    for name in (*sweep.MARKS, "summary.json"):
+        (folder / name).unlink(missing_ok=True)
+    partial = folder / "config.yaml.tmp"
+    partial.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
+    os.replace(partial, config)
 
 
 def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
@@ -255,30 +260,35 @@ def die(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def before_sweep(cfgs: list[Root], folder: Path, done: int, workers: int) -> None:
-    """Says what is about to run, and ends with an error when the disks cannot hold it."""
+def before_sweep(cfgs: Mapping[int, Root], folder: Path, done: int, workers: int) -> None:
+    """Says what is about to run, and ends with an error when GPUs or disks cannot do it."""
     if done:
-        print(f"{done} of {done + len(cfgs)} jobs are done already, {len(cfgs)} to run")
-    cores, threads = os.cpu_count() or 1, max((cfg.threads for cfg in cfgs), default=1)
-    workers = cores if workers < 0 else workers
-    gpus = cfgs[0].sweep.gpus if cfgs else None
+        jobs = f": {', '.join(map(str, cfgs))}" if cfgs else ""
+        print(f"{done} of {done + len(cfgs)} jobs are done already, {len(cfgs)} to run{jobs}")
+    if not cfgs:
+        return
+    first = next(iter(cfgs.values()))
+    cores, threads = os.cpu_count() or 1, max(cfg.threads for cfg in cfgs.values())
+    workers = min(cores if workers < 0 else workers, len(cfgs))
+    known = [(cfg, size) for cfg in cfgs.values() if (size := upkeep.weights_size(cfg)) is not None]
+    stores = {Path(c.store.dir).expanduser() if isinstance(c.store, StoreLocal) else folder for c, _ in known}
     try:
-        if gpus is not None and workers > (count := len(sweep.gpus(gpus))):
+        if first.sweep.gpus is not None and workers > (count := len(sweep.gpus(first.sweep.gpus))):
             die(f"hydra.launcher.n_jobs: {workers} jobs at once, sweep.gpus has {count}, and each job keeps one")
-    except ConfigError as error:
+        for place in stores:
+            upkeep.check_space(known, place, folder, workers)
+    except (ConfigError, StoreError) as error:
         die(str(error))
     if workers * threads > cores:
         print(
             f"note: {workers} jobs at once with {threads} threads each on {cores} cores will slow each other down; "
             f"hydra.launcher.n_jobs={max(1, cores // threads)} fits", file=sys.stderr,
         )  # fmt: skip
-    known = [(cfg, size) for cfg in cfgs if (size := upkeep.weights_size(cfg)) is not None]
-    store = {Path(cfg.store.dir).expanduser() if isinstance(cfg.store, StoreLocal) else folder for cfg, _ in known}
-    try:
-        for place in store:
-            upkeep.check_space(known, place, folder)
-    except StoreError as error:
-        die(str(error))
+    begun_in = sweep.read(folder).get("cwd", os.getcwd()) if (folder / sweep.FILE).is_file() else os.getcwd()
+    if begun_in != os.getcwd():
+        print(
+            f"note: this sweep was begun in {begun_in}; relative paths of its command are others here", file=sys.stderr
+        )
 
 
 def end_of_sweep(folder: Path) -> bool:
@@ -286,18 +296,20 @@ def end_of_sweep(folder: Path) -> bool:
     from . import report, tracking
 
     jobs = range(len(sweep.read(folder)["jobs"]))
-    if any((folder / str(i) / "summary.json").is_file() for i in jobs):
-        table, pictures = report.sweep(folder)
-        tracking.console.print(table)
-        drawn = ", ".join(_short(picture) for picture in pictures)
-        tracking.console.print(f"sweep folder {_short(folder)}, figures {drawn}", soft_wrap=True)
     marks = {i: sweep.mark_of(folder / str(i)) for i in jobs}
+    if "DONE" in marks.values():
+        try:
+            table, pictures = report.sweep(folder)
+            tracking.console.print(table)
+            drawn = ", ".join(_short(picture) for picture in pictures)
+            tracking.console.print(f"sweep folder {_short(folder)}, figures {drawn}", soft_wrap=True)
+        except Exception:  # what failed and how to go on must be said all the same
+            print(f"the sweep's table could not be made:\n{traceback.format_exc()}", file=sys.stderr)
     failed = [i for i in jobs if marks[i] == "FAILED"]
     for i in failed:
-        where = folder / str(i)
-        said = f"job {i} failed: {sweep.why(where)} (traceback in {_short(where / 'FAILED')})"
-        print(said, file=sys.stderr)
-    left = [i for i in jobs if marks[i] != "DONE"]
+        where = folder / str(i) / "FAILED"
+        print(f"job {i} failed: {sweep.why(where)} (traceback in {_short(where)})", file=sys.stderr)
+    left = [i for i in jobs if marks[i] not in ("DONE", "REPLACED")]
     if left:
         other = f", {len(left) - len(failed)} interrupted or not begun" if len(left) > len(failed) else ""
         print(

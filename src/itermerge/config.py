@@ -425,14 +425,13 @@ def _cross_checks(root: Root) -> None:
     check_metric(root, root.optimized_metric, "optimized_metric")
 
 
-METRICS = {"val/id/acc", "id/acc", "ood/acc", "ood/near/acc", "ood/far/acc"}
-
-
 def check_metric(root: Root, metric: str, key: str) -> None:
     """Raises ConfigError, naming `key`, when a run of this config has no such final figure."""
+    sides = [side for side in ("near", "far") if getattr(root.suite, side)]
     ood = [label(t) for t in (*root.suite.near, *root.suite.far)]
-    known = METRICS | {f"ood/{name}/acc" for name in ood} | {f"id/{label(root.task)}/acc"}
-    validation = {"val/ood/acc", "val/ood/near/acc", "val/ood/far/acc"}
+    known = {"val/id/acc", "id/acc", f"id/{label(root.task)}/acc", "ood/acc", *(f"ood/{name}/acc" for name in ood)}
+    known |= {f"ood/{side}/acc" for side in sides}
+    validation = {"val/ood/acc", *(f"val/ood/{side}/acc" for side in sides)}
     if metric in validation and not root.suite.n_validation:
         raise ConfigError(f"{key}: {metric} needs validation items of the OOD tasks; set suite.n_validation, as to 50")
     if metric not in known | validation:

@@ -57,6 +57,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
                     merged=Merged(history[-1], 1.0),
                     scores=bench.evaluate(history[-1], t),
                 )
+                drop_weights(bench, made, history, tuned, done=t == cfg.rounds)
                 continue
             examples = unique([*examples, *solutions]) if cfg.sft.data == "accumulate" else solutions
             start = {"merged": history[-1], "base": bench.base, "tuned": tuned}[cfg.sft.start]

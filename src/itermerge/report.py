@@ -42,23 +42,35 @@ class Job:
     retention: float | None = None
 
     @property
-    def label(self) -> str:
-        return label(self.keys)
-
-    @property
     def vanilla(self) -> bool:
         return self.config.get("merge.kind") == "none" or self.config.get("merge.ratio") == 1
 
 
-def label(keys: Mapping[str, Any]) -> str:
-    """Keys as one line, numbers to four digits."""
-    said = {k: f"{v:.4g}" if isinstance(v, float) and len(repr(v)) > 7 else v for k, v in keys.items()}
+def label(keys: Mapping[str, Any], exact: bool = False) -> str:
+    """Keys as one line, numbers to four digits unless `exact`."""
+    short = {k: f"{v:.4g}" if isinstance(v, float) and len(repr(v)) > 7 else v for k, v in keys.items()}
+    said = keys if exact else short
     return " ".join(f"{k.removeprefix('merge.').removeprefix('sft.')}={v}" for k, v in said.items()) or "run"
+
+
+def groups(jobs: Sequence[Job], without: Sequence[str] = ()) -> dict[str, list[Job]]:
+    """Jobs with the same keys (those of `without` apart), by label; exact labels where short ones would be alike."""
+    by_keys: dict[str, list[Job]] = {}
+    keys: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        mine = {k: v for k, v in job.keys.items() if k not in without}
+        by_keys.setdefault(json.dumps(mine, sort_keys=True), []).append(job)
+        keys[json.dumps(mine, sort_keys=True)] = mine
+    short = [label(k) for k in keys.values()]
+    return {
+        label(keys[name], exact=short.count(label(keys[name])) > 1): group for name, group in by_keys.items()
+    }  # fmt: skip
 
 
 def read_sweep(folder: Path) -> list[Job]:
     """The finished jobs of a sweep folder, in order."""
-    folders = [d for d in folder.iterdir() if d.name.isdigit() and (d / "summary.json").is_file()]
+    folders = [d for d in folder.iterdir() if d.name.isdigit() and (d / "DONE").is_file()]
+    folders = [d for d in folders if (d / "summary.json").is_file()]
     folders.sort(key=lambda d: int(d.name))
     configs = [flat(OmegaConf.to_container(OmegaConf.load(d / "config.yaml"))) for d in folders]
     varied = sorted({k for c in configs for k in c if len({str(other.get(k)) for other in configs}) > 1} - {"seed"})
@@ -113,10 +125,7 @@ def sweep(folder: Path) -> tuple[Table, list[Path]]:
     ]
     _write_csv(folder / "sweep.csv", by_round)
     _write_csv(folder / "jobs.csv", [_job_row(j) for j in jobs])
-    groups: dict[str, list[Job]] = {}
-    for job in _longest(jobs):
-        groups.setdefault(label({k: v for k, v in job.keys.items() if k != "rounds"}), []).append(job)
-    lines = {name: [j.rounds for j in group] for name, group in groups.items()}
+    lines = {name: [j.rounds for j in group] for name, group in groups(_longest(jobs), without=["rounds"]).items()}
     pictures = [_draw(lines, folder / "figures" / "id_ood.png")]
     if heatmap := _heatmap(_longest(jobs), folder / "figures" / "heatmap.png"):
         pictures.append(heatmap)
@@ -165,10 +174,8 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def _table(jobs: list[Job]) -> Table:
     """A row a job; where there are several seeds a row a setting, with means over seeds and their intervals."""
-    groups: dict[str, list[Job]] = {}
-    for job in jobs:
-        groups.setdefault(job.label, []).append(job)
-    seeds = max(map(len, groups.values()))
+    settings = groups(jobs)
+    seeds = max(map(len, settings.values()))
     spread = f"; mean of {seeds} seeds ± 95%" if seeds > 1 else ""
     notes = dict.fromkeys(filter(None, (majority_note(j.rounds[0]) for j in jobs)))
     table = Table(
@@ -185,7 +192,7 @@ def _table(jobs: list[Job]) -> Table:
     )
     for column in ("run", "ID", "near", "far", "best", "kept", "stages", "saved"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column != "run")
-    for name, group in groups.items():
+    for name, group in settings.items():
         best = sorted({j.best for j in group})
         retained = [j.retention for j in group if j.retention is not None]
         made, found = (sum(sum(j.stages[what].values()) for j in group) for what in ("computed", "reused"))
@@ -227,11 +234,11 @@ def _heatmap(jobs: list[Job], path: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     cells: dict[str, dict[float, list[Job]]] = {}
-    for job in jobs:
-        ratio = 1.0 if job.vanilla else job.config.get("merge.ratio")
-        others = {k: v for k, v in job.keys.items() if k not in ("merge.ratio", "merge.kind", "rounds")}
-        if ratio is not None:
-            cells.setdefault(label(others), {}).setdefault(float(ratio), []).append(job)
+    for name, group in groups(jobs, without=("merge.ratio", "merge.kind", "rounds")).items():
+        for job in group:
+            ratio = 1.0 if job.vanilla else job.config.get("merge.ratio")
+            if ratio is not None:
+                cells.setdefault(name, {}).setdefault(float(ratio), []).append(job)
     cells = {name: by_ratio for name, by_ratio in cells.items() if len(by_ratio) > 1}
     if not cells or len(cells) > 12 or max(map(len, cells.values())) > 24:
         return None

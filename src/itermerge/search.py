@@ -38,8 +38,10 @@ class Search:
     trials before them, so that a search that is resumed goes on as it would have."""
 
     def __init__(
-        self, folder: Path, space: Mapping[str, BaseDistribution], metrics: Sequence[str], algorithm: str, seed: int
-    ) -> None:
+        self, folder: Path, space: Mapping[str, BaseDistribution], metrics: Sequence[str], algorithm: str, seed: int,
+        fixed: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """`fixed` are the overrides that all trials have. Raises ConfigError when the study in `folder` is another."""
         import optuna
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend
@@ -53,9 +55,18 @@ class Search:
             storage=JournalStorage(JournalFileBackend(str(folder / LOG))), study_name="sweep", load_if_exists=True,
             directions=[optuna.study.StudyDirection.MAXIMIZE for _ in metrics], sampler=self._sampler(0),
         )  # fmt: skip
-        if len(self.study.directions) != len(metrics):
+        mine = {
+            "metrics": self.metrics, "fixed": list(fixed), "space": {k: str(d) for k, d in self.space.items()},
+            "algorithm": algorithm, "seed": seed,
+        }  # fmt: skip
+        theirs = self.study.user_attrs.get("search")
+        if theirs is None:
+            self.study.set_user_attr("search", mine)
+        elif different := [name for name, value in mine.items() if theirs[name] != value]:
+            name = different[0]
             raise ConfigError(
-                f"hydra.sweeper.metrics: {len(metrics)} of them, the study in {folder} has {len(self.study.directions)}"
+                f"sweep.resume: the search in {folder} has {name} {theirs[name]}, here it is {mine[name]}; a search "
+                "goes on as it was begun (but for hydra.sweeper.n_trials), another needs a folder of its own"
             )
 
     def _sampler(self, number: int) -> Any:
@@ -67,17 +78,21 @@ class Search:
             return samplers.NSGAIISampler(seed=seed)
         return samplers.TPESampler(seed=seed, n_startup_trials=8)
 
-    def again(self) -> dict[int, dict[str, Any]]:
-        """What a resumed search begins with: trials that were under way keep number and values; the values of failed
-        ones are asked for again, as new trials."""
+    def again(self) -> tuple[dict[int, dict[str, Any]], list[int]]:
+        """What a resumed search begins with: trials that were under way, which keep number and values; and the numbers
+        of the failed ones, whose values are asked for again as new trials."""
         states = self.optuna.trial.TrialState
+        for trial in self.study.get_trials(states=(states.RUNNING,)):
+            if trial.params.keys() != self.space.keys():  # killed while it was being thought of
+                self.study.tell(trial.number, state=states.FAIL)
         retried = set(self.study.user_attrs.get("retried", []))
-        for trial in self.study.get_trials(states=(states.FAIL,)):
-            if trial.number not in retried:
+        failed = [t for t in self.study.get_trials(states=(states.FAIL,)) if t.number not in retried]
+        self.study.set_user_attr("retried", sorted(retried | {t.number for t in failed}))
+        for trial in failed:
+            if trial.params.keys() == self.space.keys():
                 self.study.enqueue_trial(trial.params)
-                retried.add(trial.number)
-        self.study.set_user_attr("retried", sorted(retried))
-        return {t.number: t.params for t in self.study.get_trials(states=(states.RUNNING,))}
+        running = self.study.get_trials(states=(states.RUNNING,))
+        return {t.number: t.params for t in running}, [t.number for t in failed]
 
     def ask(self, most: int, trials: int) -> dict[int, dict[str, Any]]:
         """The values of up to `most` further trials by number; none when there are `trials` already. Trials that took

@@ -274,17 +274,19 @@ class Bench:
         inner = self._events()[:-1]
 
         def compute(folder: Path) -> Mapping[str, Any]:
+            callbacks = []
+            if (
+                inner
+            ):  # before the start is loaded: the anchor's weights may have to be computed again, with this policy
+                merge = self._merge_config()
+                callbacks = [
+                    merging.MergeCallback(merge.kind, anchor.weights(), merge.ratio, inner, merge.reset_optimizer)
+                ]
             policy = self._load(start)
             self.loaded = ""  # from here on the policy's weights are in between
             rows = [
                 Example(policy.encode_prompt(e["prompt"]), policy.encode_completion(e["completion"])) for e in examples
             ]
-            callbacks = []
-            if inner:
-                merge = self._merge_config()
-                callbacks = [
-                    merging.MergeCallback(merge.kind, anchor.weights(), merge.ratio, inner, merge.reset_optimizer)
-                ]
             total = -(-len(rows) // spec.batch_size) * spec.epochs
             try:
                 with progress(f"round {number}: fine-tuning", total) as tick:
@@ -405,6 +407,8 @@ class Bench:
         """Puts a model's files into a run folder."""
 
         def put(folder: Path) -> None:
+            if model.restore is not None:  # first the weights, which another run may be about to drop
+                place(folder / WEIGHTS_FILE, target / WEIGHTS_FILE)
             for file in sorted(folder.iterdir()):
                 if file.is_file() and file.name not in NOT_THE_MODEL and not file.name.startswith("."):
                     place(file, target / file.name, link=folder != self.base.folder)

@@ -79,7 +79,7 @@ class Store:
 
     def __init__(self, root: Path, environment: Mapping[str, Any], keep: str = "all") -> None:
         self.root, self.environment, self.keep, self.tally = Path(root), dict(environment), keep, Tally()
-        self.run = ""
+        self.run, self._inside = "", 0.0  # seconds in stages so far, those of a stage inside another with the outer
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.root):
@@ -117,31 +117,22 @@ class Store:
         that take part in computing it, as `sft.py`. Of one key, one process at a time computes; others wait for it.
         An artifact whose weights were dropped counts as found, unless it must be `whole`.
         """
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._inside
         what = {"stage": name, "source": source_digest(modules), "environment": self.environment, **inputs}
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         folder = self.root / name / key[:2] / key
         seconds = waited = 0.0
         counts, got = self.tally.reused, self._find(folder, key, whole)
-        if got is None:
+        if got is None or not self._mark_used(got):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with self._lock(folder, name) as waited:
                 got = self._find(folder, key, whole)  # another may have made it meanwhile
                 if got is None:
-                    expected = self._forget(folder)
                     got, seconds = self._make(name, key, folder, compute, what)
                     counts = self.tally.computed
-                    if expected not in (None, got.digest):
-                        raise StoreError(
-                            f"stage {name!r} gave other bytes than before its weights were dropped ({folder}); what "
-                            "was made from the former ones cannot go on. Use a new store.dir, or store.keep=all"
-                        )
-        if any(file.endswith(WEIGHTS) for file in got.files):
-            (folder / (KEPT if self.keep == "all" else f"{USED}{self.run}")).touch()
+                self._mark_used(got)
         if counts is self.tally.reused:
             journal.info("found %s %s", name, key[:16])
-            with suppress(OSError):
-                os.utime(folder / MANIFEST)  # the time of its last use, for `itermerge-store prune`
             with suppress(OSError, ValueError, KeyError):  # a lost duration is no damage
                 self.tally.seconds_saved += json.loads((folder / "timing.json").read_text())["seconds"]
         counts[name] = counts.get(name, 0) + 1
@@ -149,24 +140,35 @@ class Store:
             {"stage": name, "seconds": round(seconds, 4), "reused": counts is self.tally.reused}
             | ({"waited": round(waited, 4)} if waited > 0.05 else {})
         )
-        self.tally.seconds_store += time.perf_counter() - started - seconds - waited
+        took = time.perf_counter() - started
+        self.tally.seconds_store += took - seconds - waited - (self._inside - before)
+        self._inside = before + took
         return got
+
+    def _mark_used(self, artifact: Artifact) -> bool:
+        """Notes the use, for `prune` and `drop_weights`; False when the artifact was taken away meanwhile."""
+        try:
+            with suppress(PermissionError):  # another user's
+                os.utime(artifact.folder / MANIFEST)
+            if any(file.endswith(WEIGHTS) for file in artifact.files):
+                (artifact.folder / (KEPT if self.keep == "all" else f"{USED}{self.run}")).touch()
+        except FileNotFoundError:
+            return False
+        return True
 
     def drop_weights(self, folder: Path) -> None:
         """Removes an artifact's weights, unless a run with keep=all has used them, or another that is under way: that
         one will do it. Facts and digests stay."""
-        if (folder / KEPT).exists() or not (folder / MANIFEST).exists() or (folder / DROPPED).exists():
+        if (folder / KEPT).exists() or not list(folder.rglob(f"*{WEIGHTS}")):
             return
-        users = [mark.name.removeprefix(USED) for mark in folder.glob(f"{USED}*")]
-        if any(user != self.run and is_held(self.root / RUNS / user) for user in users):
-            return
-        names = sorted(str(f.relative_to(folder)) for f in folder.rglob(f"*{WEIGHTS}"))
         with self._lock(folder, folder.parent.parent.name):
-            partial = folder / f"{DROPPED}.tmp"
-            partial.write_text(json.dumps(names))
-            os.replace(partial, folder / DROPPED)  # first said, then done
-            for name in names:
-                (folder / name).unlink(missing_ok=True)
+            marks = {mark: mark.name.removeprefix(USED) for mark in folder.glob(f"{USED}*")}
+            used = [mark for mark, run in marks.items() if run != self.run and is_held(self.root / RUNS / run)]
+            if (folder / KEPT).exists() or not (folder / MANIFEST).exists() or used:
+                return
+            remove_weights(folder)
+            for mark in marks:
+                mark.unlink(missing_ok=True)
 
     @contextmanager
     def _lock(self, folder: Path, name: str) -> Iterator[float]:
@@ -179,7 +181,7 @@ class Store:
             lock.acquire(poll_interval=0.05)
         waited = time.perf_counter() - started
         try:
-            for left in folder.parent.glob(f"{folder.name}.tmp*"):  # of a run that was killed
+            for left in folder.parent.glob(f"{folder.name}.tmp-{socket.gethostname()}-*"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
             yield waited
         finally:
@@ -188,14 +190,16 @@ class Store:
     def _make(
         self, name: str, key: str, folder: Path, compute: Callable[[Path], Mapping[str, Any]], what: dict[str, Any]
     ) -> tuple[Artifact, float]:
+        """Computes the artifact and puts it in the place of one that is damaged, or has dropped weights."""
         journal.info("started %s %s", name, key[:16])
+        former = self._former(folder)
         work = folder.with_name(f"{key}.tmp-{socket.gethostname()}-{os.getpid()}")
         try:
             work.mkdir(parents=True)
-            at = time.perf_counter()
+            at, before = time.perf_counter(), self._inside
             facts = dict(compute(work))
-            seconds = time.perf_counter() - at
-            made = self._seal(work, folder, key, facts, what, seconds)
+            seconds = time.perf_counter() - at - (self._inside - before)  # without stages that it had to compute again
+            made = self._seal(work, folder, key, facts, what, seconds, former)
         except Exception as error:
             if is_disk_full(error):
                 raise StoreError(
@@ -214,36 +218,56 @@ class Store:
         manifest, problem = examine(folder)
         return None if problem else Artifact(folder, key, manifest["facts"], manifest["files"])
 
-    def _forget(self, folder: Path) -> str | None:
-        """Removes what is damaged or has dropped weights; of the latter, the digest that it had. Under the lock."""
+    def _former(self, folder: Path) -> str | None:
+        """The digest of an artifact whose weights were dropped; None where there is none, or a damaged one."""
         if not folder.is_dir():
             return None
         manifest, problem = examine(folder)
-        shutil.rmtree(folder)
         if problem:
-            log.warning("damaged artifact %s (%s): removed, computing it again", folder, problem)
+            log.warning("damaged artifact %s (%s): computing it again, to replace it", folder, problem)
             return None
         return Artifact(folder, "", {}, manifest["files"]).digest
 
     def _seal(
-        self, work: Path, folder: Path, key: str, facts: dict[str, Any], what: dict[str, Any], seconds: float
-    ) -> Artifact:
+        self, work: Path, folder: Path, key: str, facts: dict[str, Any], what: dict[str, Any], seconds: float,
+        former: str | None,
+    ) -> Artifact:  # fmt: skip
         files = sorted(str(f.relative_to(work)) for f in work.rglob("*") if f.is_file())
         digests = {name: file_digest(work / name) for name in files}
+        made = Artifact(folder, key, facts, digests)
+        if former not in (None, made.digest):
+            raise StoreError(
+                f"stage {what['stage']!r} gave other bytes than before its weights were dropped ({folder}); what was "
+                "made from the former ones cannot go on. Use a new store.dir, or store.keep=all"
+            )
         (work / "timing.json").write_text(json.dumps({"seconds": seconds}))
         manifest = {"key": key, "files": digests, "facts": facts, "inputs": what}
         (work / MANIFEST).write_text(json.dumps({**manifest, "digest": _digest_manifest(manifest)}))
         for name in [*files, MANIFEST]:
             (work / name).chmod(0o444)
+        if theirs := self._find(folder, key, whole=True):  # of another machine that our lock did not reach
+            return theirs
+        old = work.with_name(f"{work.name}-old")
+        with suppress(FileNotFoundError):
+            os.replace(folder, old)
         try:
             os.replace(work, folder)
-        except OSError as error:  # another machine that our lock did not reach: its artifact may be in use already
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (theirs := self._find(folder, key, True)):
                 raise
-            if theirs := self._find(folder, key, False):
-                return theirs
-            raise
-        return Artifact(folder, key, facts, digests)
+            made = theirs
+        shutil.rmtree(old, ignore_errors=True)
+        return made
+
+
+def remove_weights(folder: Path) -> None:
+    """Removes an artifact's weights; to be called under its lock."""
+    names = sorted(str(f.relative_to(folder)) for f in folder.rglob(f"*{WEIGHTS}"))
+    partial = folder / f"{DROPPED}.tmp"
+    partial.write_text(json.dumps(names))
+    os.replace(partial, folder / DROPPED)  # first said, then done
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def examine(folder: Path) -> tuple[dict[str, Any], str | None]:

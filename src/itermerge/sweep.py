@@ -24,8 +24,10 @@ from .store import lock_file
 
 log = logging.getLogger(__name__)
 FILE = "sweep.json"
-MARKS = ("DONE", "FAILED", "INTERRUPTED")
+MARKS = ("DONE", "FAILED", "INTERRUPTED", "REPLACED")  # REPLACED: a failed trial, whose values another job has tried
+BEFORE = "FAILED.before"  # the traceback of a job that is tried again
 RESUME = "sweep.resume="
+AROUND = ("store=", "store.", "logger=", "logger.", "paths.", "sweep.", "launch=")  # says how to run, not what
 
 
 class SweepError(ValueError):
@@ -42,16 +44,20 @@ def resumed(arguments: Sequence[str]) -> list[str]:
     if not (folder / FILE).is_file():
         raise SweepError(f"sweep.resume: {folder} is no sweep's folder; there is no {FILE} in it")
     new = [a for a in arguments if not a.startswith((RESUME, "hydra.sweep.dir=")) and a not in ("-m", "--multirun")]
-    around = ("-", "hydra", "sweep.", "launch=", "+hydra", "++hydra")  # what says how to run, not what
-    whole = any("=" in a and not a.startswith(around) for a in new)
+    whole = any("=" in a and not a.lstrip("+~").startswith(("-", "hydra", *AROUND)) for a in new)
     old = [] if whole else read(folder)["command"]
     keys = {a.partition("=")[0] for a in new if "=" in a} | {"hydra.sweep.dir", "sweep.resume"}
     if keys & {"hydra/launcher", "launch"}:
         keys |= {a.partition("=")[0] for a in old if a.startswith(("hydra.launcher.", "hydra/launcher=", "launch="))}
-    old = [a for a in old if a.partition("=")[0] not in keys and a not in ("-m", "--multirun")]
+    groups = tuple(f"{key}." for key in keys & {"store", "logger"})  # another member of a group has other keys
+    old = [a for a in old if a.partition("=")[0] not in keys and not a.startswith(groups or "\0")]
+    old = [a for a in old if a not in ("-m", "--multirun")]
     quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     flags, overrides = _flags_first([*old, *new])
     return ["--multirun", *flags, *overrides, f"sweep.resume='{quoted}'", f"hydra.sweep.dir='{quoted}'"]
+
+
+_VALUED = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p")
 
 
 def _flags_first(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -59,7 +65,7 @@ def _flags_first(arguments: list[str]) -> tuple[list[str], list[str]]:
     flags: list[str] = []
     overrides: list[str] = []
     for i, argument in enumerate(arguments):
-        is_value = i > 0 and arguments[i - 1] in ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")
+        is_value = i > 0 and arguments[i - 1] in _VALUED
         (flags if argument.startswith("-") or is_value else overrides).append(argument)
     return flags, overrides
 
@@ -67,9 +73,9 @@ def _flags_first(arguments: list[str]) -> tuple[list[str], list[str]]:
 def begin(folder: Path, jobs: Sequence[Sequence[str]] | None, command: Sequence[str], resume: bool) -> None:
     """Takes a new folder for these jobs, or one that holds the same jobs if it is to be resumed (None: whichever it
     holds). Raises SweepError."""
-    mine = [_own(job) for job in jobs or []]
+    mine = [own(job) for job in jobs or []]
     if resume:
-        theirs = [_own(job) for job in read(folder)["jobs"]]
+        theirs = [own(job) for job in read(folder)["jobs"]]
         if jobs is not None and mine != theirs:
             pairs = zip(mine, theirs, strict=False)
             at = next((i for i, (m, t) in enumerate(pairs) if m != t), min(len(mine), len(theirs)))
@@ -86,47 +92,49 @@ def begin(folder: Path, jobs: Sequence[Sequence[str]] | None, command: Sequence[
         )
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("x") as file:  # two that begin in the same second: one of them fails here
-        json.dump({"command": list(command), "jobs": [list(job) for job in mine]}, file, indent=1)
+        json.dump({"command": list(command), "cwd": os.getcwd(), "jobs": mine}, file, indent=1)
 
 
 def add_jobs(folder: Path, jobs: Mapping[int, Sequence[str]]) -> None:
     """Writes jobs that were thought of on the way (Optuna's trials, by number) into sweep.json."""
     content = read(folder)
     had: list[list[str]] = content["jobs"]
-    content["jobs"] = [_own(jobs[i]) if i in jobs else had[i] for i in range(max(len(had), *(i + 1 for i in jobs)))]
+    content["jobs"] = [own(jobs[i]) if i in jobs else had[i] for i in range(max(len(had), *(i + 1 for i in jobs)))]
     partial = folder / f"{FILE}.tmp"
     partial.write_text(json.dumps(content, indent=1))
     os.replace(partial, folder / FILE)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """sweep.json: the command and the jobs."""
+    """sweep.json: the command, where it was given, and the jobs."""
     return json.loads((folder / FILE).read_text())
 
 
-def _own(job: Sequence[str]) -> list[str]:
-    return [o for o in job if not o.startswith(("sweep.", "hydra.", "launch="))]
+def own(job: Sequence[str]) -> list[str]:
+    """A job's overrides that say what it computes."""
+    return [o for o in job if not o.lstrip("+~").startswith(("hydra.", "hydra/", *AROUND))]
 
 
 def mark_of(folder: Path) -> str | None:
-    """DONE, FAILED or INTERRUPTED; None for a job that was killed, is running or has not begun."""
+    """The mark of a job that has ended; None for one that was killed, is running or has not begun."""
     return next((mark for mark in MARKS if (folder / mark).is_file()), None)
 
 
-def why(folder: Path) -> str:
+def why(traceback: Path) -> str:
     """The last line of a failed job's traceback."""
-    return ((folder / "FAILED").read_text().strip().splitlines() or [""])[-1]
+    return (traceback.read_text().strip().splitlines() or [""])[-1]
+
+
+def retry(folder: Path) -> None:
+    """Takes the mark from a job that is to be tried again; its traceback stays beside it."""
+    if (folder / "FAILED").is_file():
+        os.replace(folder / "FAILED", folder / BEFORE)
 
 
 def failed_before(folder: Path) -> str | None:
     """The name of a job of this sweep folder that has failed."""
     jobs = sorted((d for d in folder.iterdir() if d.name.isdigit()), key=lambda d: int(d.name))
     return next((d.name for d in jobs if mark_of(d) == "FAILED"), None)
-
-
-def unfinished(folder: Path) -> list[int]:
-    """The numbers of the jobs that are not DONE."""
-    return [i for i in range(len(read(folder)["jobs"])) if mark_of(folder / str(i)) != "DONE"]
 
 
 # --- one GPU for each job ------------------------------------------------------------------------------------------
@@ -175,7 +183,7 @@ def found_gpus(wanted: Any) -> list[str]:
 
 
 def _all_gpus() -> list[str]:
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [g.strip() for g in visible.split(",") if g.strip()]
     try:
         said = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import struct
 import sys
 import time
@@ -27,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .config import ModelLab, Root
-from .store import DROPPED, MANIFEST, RUNS, WEIGHTS, StoreError, examine, is_held, lock_file
+from .store import MANIFEST, RUNS, WEIGHTS, StoreError, examine, is_held, lock_file, locks_in_doubt, remove_weights
 
 KEEP_ALL_UP_TO = 256 * 2**20  # bytes of float32 weights up to which store.keep=auto means all
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -43,33 +44,34 @@ def keep_of(cfg: Root, size: int) -> str:
     return "all" if size <= KEEP_ALL_UP_TO else "last"
 
 
-def need(runs: Sequence[tuple[Root, int]]) -> tuple[int, int]:
+def need(runs: Sequence[tuple[Root, int]], workers: int = 1) -> tuple[int, int]:
     """Upper bounds, in bytes, of the weights that runs (config, bytes of one model) put into the store and, where those
     cannot be hard links to it, into their run folders. Runs that differ in `rounds` alone are one chain, whose stages
-    they share."""
+    they share, unless store=none; `workers` of them run at a time."""
     chains: dict[str, list[tuple[Root, int]]] = {}
-    for cfg, size in runs:
+    for number, (cfg, size) in enumerate(runs):
         plain = dataclasses.asdict(cfg)
         own = ("rounds", "sweep", "store", "paths", "logger", "optimized_metric")
-        chain = json.dumps({k: v for k, v in plain.items() if k not in own}, sort_keys=True)
-        chains.setdefault(chain, []).append((cfg, size))
-    store = run = 0
+        chain = {k: v for k, v in plain.items() if k not in own} | {"number": number if cfg.store.kind == "none" else 0}
+        chains.setdefault(json.dumps(chain, sort_keys=True), []).append((cfg, size))
+    store = run = in_hand = 0
     for group in chains.values():
         (cfg, size), lengths = group[0], [c.rounds for c, _ in group]
         copies = 1 if getattr(cfg.merge, "ratio", 1.0) == 1.0 else 2  # at ratio 1 the merged model is the tuned one
         keep = keep_of(cfg, size)
         store += size * {"all": max(lengths) * copies, "last": len(group) + 1, "none": 0}[keep]
         run += size * {"all": sum(lengths), "last": len(group), "none": 0}[keep]
-    in_hand = 3 * max((size for _, size in runs), default=0)  # a round's start, its tuned and its merged model
-    return store + in_hand, run
+        history = max(lengths) if getattr(cfg.merge, "anchor", "base") == "mean" and keep != "all" else 0
+        in_hand = max(in_hand, (3 + history) * size)  # a round's start, its tuned and its merged model
+    return store + workers * in_hand, run
 
 
-def check_space(runs: Sequence[tuple[Root, int]], store: Path, folder: Path) -> None:
+def check_space(runs: Sequence[tuple[Root, int]], store: Path, folder: Path, workers: int = 1) -> None:
     """Raises StoreError, with the ways out, when the weights of these runs would not fit on the disks of the store and
     of the run folders."""
     if not runs or not all(cfg.store.check_space for cfg, _ in runs):
         return
-    into_store, into_runs = need(runs)
+    into_store, into_runs = need(runs, workers)
     store, folder = _existing(store), _existing(folder)
     wanted = {store: into_store}
     if store.stat().st_dev != folder.stat().st_dev:
@@ -146,9 +148,12 @@ def artifacts(root: Path) -> Iterator[Kept]:
     for folder in sorted(root.glob("*/??/*")):
         if not folder.is_dir() or ".tmp" in folder.name or len(folder.name) != 64:
             continue
-        stats = [f.stat() for f in folder.rglob("*") if f.is_file()]
-        manifest = folder / MANIFEST
-        used = manifest.stat().st_mtime if manifest.is_file() else folder.stat().st_mtime
+        try:
+            stats = [f.stat() for f in folder.rglob("*") if f.is_file()]
+            manifest = folder / MANIFEST
+            used = manifest.stat().st_mtime if manifest.is_file() else folder.stat().st_mtime
+        except FileNotFoundError:  # a run is about to replace or drop it
+            continue
         linked = sum(s.st_size for s in stats if s.st_nlink > 1)
         yield Kept(folder, folder.parent.parent.name, sum(s.st_size for s in stats), linked, used)
 
@@ -177,12 +182,13 @@ def prune(
     for kept in artifacts(root):
         if kept.used > limit or (stage and kept.stage != stage):
             continue
-        if weights and ((kept.folder / DROPPED).exists() or not list(kept.folder.glob(f"*{WEIGHTS}"))):
+        if weights and not list(kept.folder.rglob(f"*{WEIGHTS}")):
             continue
         if not dry_run and not _remove(kept, limit, weights):
             continue
         removed.append(kept)
-    left = [f for f in root.glob("*/??/*.tmp*") if f.stat().st_mtime <= limit]
+    ours = "*" if locks_in_doubt(root) is None else f"{socket.gethostname()}-*"  # others' may be at work unseen
+    left = [f for f in root.glob(f"*/??/*.tmp-{ours}") if f.stat().st_mtime <= limit]
     if not dry_run:
         for file in (root / RUNS).glob("*.lock"):
             if not is_held(file):  # of a run that was killed
@@ -204,22 +210,20 @@ def prune(
     return removed, len(left)
 
 
-def _remove(kept: Kept, limit: float, weights: bool) -> bool:
-    """Under the key's lock, and only if it was not used meanwhile."""
+def _remove(kept: Kept, limit: float, weights: bool = False, damaged: bool = False) -> bool:
+    """Under the key's lock, and only if it was not used meanwhile, or is still damaged."""
     folder = kept.folder
     try:
         with lock_file(folder.with_name(f"{folder.name}.lock")).acquire(timeout=0):
             manifest = folder / MANIFEST
             if manifest.is_file() and manifest.stat().st_mtime > limit:
                 return False
+            if damaged and examine(folder)[1] is None:
+                return False
             if weights:
-                names = sorted(f.name for f in folder.glob(f"*{WEIGHTS}"))
-                (folder / f"{DROPPED}.tmp").write_text(json.dumps(names))
-                os.replace(folder / f"{DROPPED}.tmp", folder / DROPPED)
-                for name in names:
-                    (folder / name).unlink(missing_ok=True)
+                remove_weights(folder)
             else:
-                gone = folder.with_name(f"{folder.name}.tmp-pruned")
+                gone = folder.with_name(f"{folder.name}.tmp-{socket.gethostname()}-pruned")
                 os.replace(folder, gone)  # never half an artifact under its key
                 shutil.rmtree(gone)
             return True
@@ -259,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kept, problem in damaged:
             console.print(f"damaged: {kept.stage} {kept.folder.name[:16]} ({problem})", soft_wrap=True)
             if args.remove:
-                _remove(kept, float("inf"), weights=False)
+                _remove(kept, float("inf"), damaged=True)
         total = sum(args.stage in (None, kept.stage) for kept in artifacts(args.dir))
         if args.remove:
             console.print(f"{len(damaged)} removed, {total} whole")
