@@ -145,7 +145,8 @@ def test_a_sweep_ends_with_its_table_and_figure(sweep: Sweep) -> None:
         assert float(row["id/acc"]) == pytest.approx(line["id/acc"], abs=1e-4)
     assert (folder / "figures" / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     assert "sweep folder sweep, figures sweep/figures/id_ood.png, sweep/figures/heatmap.png" in done.stdout
-    assert [row["job"] for row in csv.DictReader((folder / "jobs.csv").open())] == ["0", "2"]
+    rows = list(csv.DictReader((folder / "jobs.csv").read_text().splitlines()))
+    assert [row["job"] for row in rows] == ["0", "2"]
     assert "itermerge.store.journal" not in done.stdout  # stage by stage, in run.log alone
     assert "started fit" in (folder / "0" / "run.log").read_text()
 

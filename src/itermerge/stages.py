@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -429,7 +430,10 @@ class Bench:
     # --- inside ------------------------------------------------------------------------------------------------
 
     def _digest(self, weights: Weights) -> str:
-        return _digest_json([digest_weights(weights), self.extras])
+        started = time.perf_counter()
+        digest = _digest_json([digest_weights(weights), self.extras])
+        self.store.tally.seconds_store += time.perf_counter() - started  # keys need it, nothing else
+        return digest
 
     def _weights(self, model: Model) -> Weights:
         return self.base_weights if model.digest == self.base.digest else self._whole(model, read_weights)
