@@ -276,9 +276,7 @@ class Bench:
 
         def compute(folder: Path) -> Mapping[str, Any]:
             callbacks = []
-            if (
-                inner
-            ):  # before the start is loaded: the anchor's weights may have to be computed again, with this policy
+            if inner:  # first: anchors that were dropped are computed again with the same policy
                 merge = self._merge_config()
                 callbacks = [
                     merging.MergeCallback(merge.kind, anchor.weights(), merge.ratio, inner, merge.reset_optimizer)
