@@ -312,6 +312,29 @@ def test_when_a_worker_dies_its_job_has_failed_and_the_others_go_on(tmp_path: Pa
     assert made_more_than_once(tmp_path / "sweep") == {}
 
 
+def test_workers_whose_sweep_was_killed_end_after_their_job(tmp_path: Path) -> None:
+    """loky's would stay, each with some hundred megabytes."""
+    words = (*ONE, "merge.ratio=0.25,0.5", "hydra.sweep.dir=sweep", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    command = [sys.executable, "-m", "itermerge", *words, f"store.dir={tmp_path / 'store'}"]
+    started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, workers = tmp_path / "sweep" / "0" / "run.log", []
+    while not (log.is_file() and "made" in log.read_text()):
+        assert started.poll() is None
+        time.sleep(0.02)
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        words_of = stat.read_text().rpartition(")")[2].split() if stat.is_file() else ["", "0"]
+        if int(words_of[1]) == started.pid and b"popen_loky_posix" in (stat.parent / "cmdline").read_bytes():
+            workers.append(stat.parent)
+    assert len(workers) == 2
+    started.kill()
+    started.communicate()
+    for _ in range(600):
+        if not any(w.exists() and ") Z " not in (w / "stat").read_text() for w in workers):
+            return
+        time.sleep(0.1)
+    pytest.fail("workers are still there a minute later")
+
+
 def test_submitit_local(tmp_path: Path) -> None:
     words = (*ONE, "merge.ratio=0.5", "hydra.sweep.dir=sweep", f"store.dir={tmp_path / 'store'}")
     done = itermerge(*words, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5", cwd=tmp_path)

@@ -12,8 +12,11 @@ import os
 import platform
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Mapping
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,6 +72,12 @@ class Occupied(FileExistsError):
 
 def job(composed: DictConfig) -> float | None:
     """One run; the figure named by `optimized_metric`."""
+    leave_with_parent()
+    with _at_work:
+        return _job(composed)
+
+
+def _job(composed: DictConfig) -> float | None:
     hydra_cfg = HydraConfig.get()
     folder = Path(hydra_cfg.runtime.output_dir)
     single = hydra_cfg.mode == RunMode.RUN
@@ -100,6 +109,27 @@ def job(composed: DictConfig) -> float | None:
         if lock.is_locked:
             Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
+
+
+def leave_with_parent(poll: float = 2.0) -> None:
+    """In a worker of joblib: ends this process when the sweep's own has died, after the job at hand. loky's workers
+    would stay for ever, with all their memory."""
+    if _watching or not current_process().name.startswith("Loky"):
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(poll)
+        with _at_work:
+            os._exit(1)
+
+    _watching.append(threading.Thread(target=watch, daemon=True))
+    _watching[0].start()
+
+
+_at_work = threading.Lock()  # held while a job runs
+_watching: list[threading.Thread] = []
 
 
 def occupy(lock: Any, folder: Path, wait: bool) -> None:
