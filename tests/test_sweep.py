@@ -101,6 +101,8 @@ def test_marks(tmp_path: Path) -> None:
     assert [sweep.mark_of(folder / n) for n in "012"] == ["DONE", "FAILED", None]
     assert sweep.failed_before(folder) == "1"
     assert sweep.why(folder / "1" / "FAILED") == "ValueError: no"
+    (folder / "1" / "more").write_text("Traceback\n  x\na.b.WorkerError: gone\n\nThe exit codes: 9\nDetailed text\n")
+    assert sweep.why(folder / "1" / "more") == "a.b.WorkerError: gone"
     sweep.retry(folder / "1")
     assert sweep.mark_of(folder / "1") is None
     assert sweep.why(folder / "1" / sweep.BEFORE) == "ValueError: no"
@@ -196,7 +198,12 @@ def test_on_error_stop_leaves_out_what_has_not_begun(tmp_path: Path) -> None:
     assert [sweep.mark_of(tmp_path / "sweep" / n) for n in "01"] == ["FAILED", None]
     assert "job 1 is not started: job 0 failed (sweep.on_error=stop)" in done.stderr
     assert "2 of 2 jobs are not done: 1 failed, 1 interrupted or not begun. To run them:" in done.stderr
+    assert "    itermerge sweep.resume=sweep sweep.on_error=continue\n" in done.stderr
     assert not (tmp_path / "sweep" / "1" / "rounds.jsonl").exists()
+    inside = itermerge(*SMALL, "hydra.run.dir=sweep", cwd=tmp_path)
+    assert inside.returncode == 2
+    assert "sweep holds a sweep, whose jobs are in folders below it; give another hydra.run.dir" in inside.stderr
+    assert sweep.mark_of(tmp_path / "sweep") is None
     shutil.copytree(stages.LAB_SEED0, Path(os.environ["ITERMERGE_HOME"]) / "models" / "lab-seed77")
     again = itermerge("sweep.resume=sweep", cwd=tmp_path)  # the old failure holds nothing up
     shutil.rmtree(Path(os.environ["ITERMERGE_HOME"]) / "models" / "lab-seed77")

@@ -164,7 +164,7 @@ def test_verify_does_not_remove_what_is_sound_again(tmp_path: Path) -> None:
     assert folders["fit"].exists()
 
 
-@pytest.mark.parametrize("age", ["30", "d", "-1d", "3y", ""])
+@pytest.mark.parametrize("age", ["30", "d", "-1d", "3y", "6m", ""])
 def test_ages_that_are_none(age: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, said = _run("prune", f"--older-than={age}", capsys=capsys)
     assert code == 2

@@ -165,6 +165,8 @@ def figure_of(folder: Path, cfg: Root) -> float | None:
 def claim(folder: Path, cfg: Root) -> None:
     """Takes the run folder: a new one, or an unfinished one of the same config. Raises Occupied."""
     config = folder / "config.yaml"
+    if (folder / sweep.FILE).exists():
+        raise Occupied(f"{folder} holds a sweep, whose jobs are in folders below it; give another hydra.run.dir")
     if (folder / "DONE").exists():
         raise Occupied(f"{folder} holds a finished run, which is never overwritten; give another hydra.run.dir")
     if config.exists() and not same_config(folder, cfg):
@@ -341,10 +343,12 @@ def end_of_sweep(folder: Path) -> bool:
         print(f"job {i} failed: {sweep.why(where)} (traceback in {_short(where)})", file=sys.stderr)
     left = [i for i in jobs if marks[i] not in ("DONE", "REPLACED")]
     if left:
+        stopped = "sweep.on_error=stop" in sweep.read(folder)["command"] and failed
+        go_on = " sweep.on_error=continue" if stopped else ""
         other = f", {len(left) - len(failed)} interrupted or not begun" if len(left) > len(failed) else ""
         print(
             f"{len(left)} of {len(jobs)} jobs are not done: {len(failed)} failed{other}. To run them:\n"
-            f"    itermerge {sweep.RESUME}{_short(folder)}", file=sys.stderr,
+            f"    itermerge {sweep.RESUME}{_short(folder)}{go_on}", file=sys.stderr,
         )  # fmt: skip
     return not left
 

@@ -184,7 +184,8 @@ def _table(jobs: list[Job]) -> Table:
         padding=(0, 0),
         caption="\n".join(
             [
-                "best: the round that validation chooses, its ID; kept: ID gain / vanilla's; stages: computed/needed",
+                "best: the round that validation chooses, its ID; kept: ID gain / vanilla's, if that is sure",
+                "stages: computed/needed",
                 *notes,
             ]
         ),

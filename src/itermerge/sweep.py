@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -121,8 +122,10 @@ def mark_of(folder: Path) -> str | None:
 
 
 def why(traceback: Path) -> str:
-    """The last line of a failed job's traceback."""
-    return (traceback.read_text().strip().splitlines() or [""])[-1]
+    """The error at the end of a failed job's traceback: the first line of its message."""
+    lines = traceback.read_text().strip().splitlines()
+    errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(: |$)", line)]
+    return (errors or lines or [""])[-1]
 
 
 def retry(folder: Path) -> None:
@@ -174,7 +177,9 @@ def take_gpu(wanted: Any, poll: float = 1.0) -> str | None:
 def gpus(wanted: Any) -> list[str]:
     """The GPUs that `sweep.gpus` means. Raises ConfigError when there are none."""
     if not (found := found_gpus(wanted)):
-        raise ConfigError("sweep.gpus: nvidia-smi lists no GPU; use null, or a list as [0,1]")
+        raise ConfigError(
+            "sweep.gpus: nvidia-smi lists no GPU; without one, hydra/launcher=joblib runs jobs side by side"
+        )
     return found
 
 

@@ -31,7 +31,8 @@ from .config import ModelLab, Root
 from .store import MANIFEST, RUNS, WEIGHTS, StoreError, examine, is_held, lock_file, locks_in_doubt, remove_weights
 
 KEEP_ALL_UP_TO = 256 * 2**20  # bytes of float32 weights up to which store.keep=auto means all
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
+STAGES = ("sample", "verify", "fit", "merge", "evaluate", "held_out", "analyze")
 
 
 # --- disk space before a run or a sweep ----------------------------------------------------------------------------
@@ -241,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--dir", type=Path, default=default_store(), help="the store (default: %(default)s)")
-    common.add_argument("--stage", help="only this stage: sample, verify, fit, merge, evaluate, held_out, analyze")
+    common.add_argument("--stage", choices=STAGES, help="only this stage")
     verbs = parser.add_subparsers(dest="verb", required=True)
     lister = verbs.add_parser("list", parents=[common], help="size, last use, stage and config of each artifact")
     lister.add_argument("--sort", choices=("age", "size"), default="age")
@@ -327,16 +328,18 @@ def _config(inputs: Mapping[str, Any]) -> str:
 
 
 def _age(text: str) -> float:
-    if not text[:-1].replace(".", "", 1).isdigit() or text[-1] not in UNITS:
+    if text == "0s":
+        return 0.0
+    if not text[:-1].replace(".", "", 1).isdigit() or text[-1] not in UNITS:  # 6m could be months or minutes
         raise argparse.ArgumentTypeError(f"{text!r} is no age; write 12h, 30d, 8w, or 0s for all")
     return float(text[:-1]) * UNITS[text[-1]]
 
 
 def _ago(seconds: float) -> str:
-    for unit in ("w", "d", "h", "m"):
+    for unit in ("w", "d", "h"):
         if seconds >= 2 * UNITS[unit]:
             return f"{seconds / UNITS[unit]:.0f}{unit}"
-    return f"{max(seconds, 0):.0f}s"
+    return f"{max(seconds, 0) / 60:.0f} min"
 
 
 def _bytes(size: float) -> str:
