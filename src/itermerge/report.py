@@ -133,7 +133,7 @@ def sweep(folder: Path) -> tuple[Table, list[Path]]:
 
 
 def _job_row(job: Job) -> dict[str, Any]:
-    figures = ("id/acc", "ood/acc", "ood/near/acc", "ood/far/acc", "val/id/acc")
+    figures = ("id/acc", "ood/acc", "ood/near/acc", "ood/far/acc", "val/id/acc", "val/ood/acc")
     row: dict[str, Any] = {"job": job.folder.name, "seed": job.seed, **job.keys, "best_round": job.best}
     for when, line in (("base", job.rounds[0]), ("final", job.rounds[-1]), ("best", job.rounds[job.best])):
         row |= {f"{when}/{name}": round(line[name], 5) for name in figures if name in line}
@@ -326,6 +326,9 @@ def _draw(runs: dict[str, list[list[dict[str, float]]]], path: Path) -> Path:
             axes[0].legend(fontsize=8)
     for axis in grid[-1]:
         axis.set_xlabel("round")
+    most = max(map(len, runs.values()))
+    band = f"lowest to highest of {most} seeds" if most > 1 else "95% interval over test items"
+    figure.supxlabel(f"band: {band}; dotted: the base", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return path
