@@ -93,6 +93,8 @@ def test_a_finished_folder_is_refused(reference: Path, tmp_path: Path) -> None:
     assert again.returncode == 2
     assert "holds a finished run, which is never overwritten; give another hydra.run.dir" in again.stderr
     assert (tmp_path / "run" / "DONE").exists()
+    mistaken = itermerge(*SMALL, "rounds=0", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert mistaken.returncode == 2
     assert not (tmp_path / "run" / "FAILED").exists()
     assert deterministic_set(tmp_path / "run") == deterministic_set(reference)
 

@@ -96,7 +96,8 @@ def _job(composed: DictConfig) -> float | None:
         (folder / "DONE").write_text("")
         return value
     except KeyboardInterrupt:
-        (folder / "INTERRUPTED").write_text("the same command goes on from the finished stages\n")
+        if lock.is_locked:  # else it waited for another process, whose folder this is
+            (folder / "INTERRUPTED").write_text("the same command goes on from the finished stages\n")
         log.warning("interrupted; the same command goes on from the finished stages (folder %s)", folder)
         if single:
             sys.exit(130)
@@ -270,7 +271,7 @@ def provenance(overrides: list[str]) -> dict[str, Any]:
 
 def fail(folder: Path, error: Exception, single: bool, mark: bool = True) -> None:
     """Marks the folder FAILED; a single run ends with the message, a sweep's job hands the error to Hydra."""
-    if mark:
+    if mark and not (folder / "DONE").exists():
         (folder / "FAILED").write_text("".join(traceback.format_exception(error)))
     if not single:
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
