@@ -1,6 +1,6 @@
 """What a store saves in a sweep, and what it costs: 6 ratios x rounds 1, 2, 3 on the lab, store=local and store=none.
 
-    python benchmarks/sweep.py                    # about 6 minutes on two cores
+    python benchmarks/sweep.py                    # about 9 minutes on two cores
     python benchmarks/sweep.py --events 1         # a merge event after each epoch: fits of round 1 are not shared
 
 Prints the stages executed beside the closed form below, the ratio of the two wall times, and the share of a cold run's

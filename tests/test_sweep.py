@@ -140,6 +140,22 @@ def test_each_process_has_a_gpu_for_itself_until_it_ends(tmp_path: Path) -> None
     first.communicate()
 
 
+def test_threads_are_set_before_torch_starts() -> None:
+    code = """
+import os, sys
+from types import SimpleNamespace
+from pathlib import Path
+from itermerge import cli, sweep
+def stop(_):  # where a GPU is taken, just before torch
+    print(os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"], "torch" in sys.modules)
+    sys.exit()
+sweep.take_gpu = stop
+cli.start(SimpleNamespace(threads=3, sweep=SimpleNamespace(gpus=None)), Path("."), [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "3", "False"]
+
+
 def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sweep.take_gpu(None) is None
     monkeypatch.setenv("PATH", "")
