@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from itermerge.analysis import layer_change, place_of, relative_distance
+from itermerge.analysis.change import layer_change, place_of, relative_distance
 from itermerge.policy import PolicyError
 
 BASE = {

@@ -23,7 +23,8 @@ from itermerge.store import Store
 from itermerge.tasks import TaskError
 from itermerge.tracking import TrackingError, WandbTracker
 
-STAGES = {"evaluate": 5, "held_out": 3, "sample": 2, "verify": 2, "fit": 2, "merge": 2, "analyze": 2}  # 2 rounds
+STAGES = {"evaluate": 5, "held_out": 3, "sample": 2, "verify": 2, "fit": 2, "merge": 2, "analyze": 2,
+          "update": 2, "probe": 3, "importance": 1}  # 2 rounds  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,10 @@ def test_files_of_a_run(cold: Path) -> None:
     model = {f.name for f in stages.LAB_SEED0.iterdir() if f.suffix in (".json", ".safetensors")}
     model -= {"recipe.json"}  # how the base was pretrained; it would lie about a tuned model
     expected = {"config.yaml", "rounds.jsonl", "summary.json", "timing.json", "DONE"}
-    expected |= {f"rounds/00/{name}" for name in ("scores.json", "held_out.json", "round.json")}
+    always = ("scores.json", "held_out.jsonl", "probe.json", "round.json")
+    expected |= {f"rounds/00/{name}" for name in (*always, "importance.json")}
     for t in ("01", "02"):
-        names = ("samples.jsonl", "examples.jsonl", "scores.json", "held_out.json", "layers.json", "round.json")
+        names = (*always, "samples.jsonl", "examples.jsonl", "layers.json")
         expected |= {f"rounds/{t}/{name}" for name in names} | {f"rounds/{t}/model/{name}" for name in model}
     assert found == expected
 
@@ -84,8 +86,10 @@ def test_jobs_share_what_agrees(cold: Path, tmp_path: Path) -> None:
     run_here(tmp_path / "a", f"store.dir={tmp_path / 'store'}", last, "merge.ratio=0.5", "rounds=1")
     summary = run_here(tmp_path / "b", f"store.dir={tmp_path / 'store'}", last, "merge.ratio=0.25", "rounds=1")
     # the base and the tuned model are evaluated already
-    assert summary["stages"]["reused"] == {"evaluate": 2, "held_out": 1, "sample": 1, "verify": 1, "fit": 1}
-    assert summary["stages"]["computed"] == {"merge": 1, "evaluate": 1, "held_out": 1, "analyze": 1}
+    same = ("held_out", "probe", "sample", "verify", "fit", "importance", "update")
+    assert summary["stages"]["reused"] == {"evaluate": 2} | dict.fromkeys(same, 1)
+    other = ("merge", "evaluate", "held_out", "probe", "analyze")
+    assert summary["stages"]["computed"] == dict.fromkeys(other, 1)
     fewer = run_here(tmp_path / "c", _beside(cold), "rounds=1")
     assert fewer["stages"]["computed"] == {}
     whole = deterministic_set(cold)
@@ -500,18 +504,21 @@ def test_weights_that_are_not_kept_change_no_result_and_are_made_again_where_nee
     where = (f"store.dir={tmp_path / 'store'}", *how, f"store.keep={keep}")
     run_here(tmp_path / "two", *where, "rounds=2")
     shared = {"fit": 1} if (keep, events) == ("last", "last") else {}  # that of round 1: other ratios have it too
-    assert _weights_in(tmp_path / "store") == (shared | {"merge": 1} if keep == "last" else {})
+    updates = {"update": 1 + len(shared)}  # the last one, and that of round 1 likewise
+    assert _weights_in(tmp_path / "store") == (shared | {"merge": 1} | updates if keep == "last" else {})
     models = [f.parent.parent.name for f in (tmp_path / "two").rglob("model.safetensors")]
     assert models == (["02"] if keep == "last" else [])
 
     summary = run_here(tmp_path / "three", *where, "rounds=3")  # goes on where the other run ended
     assert summary["weights_kept"] == keep
     assert _facts(tmp_path / "three") == _facts(tmp_path / "all")
-    again = {"fit": 2, "merge": 2} if keep == "none" else {}  # rounds 1 and 2, to have round 2's model
+    # rounds 1 and 2, to have round 2's model, and the update that the next one is compared with
+    again = {"fit": 2, "merge": 2, "update": 2} if keep == "none" else {}
     computed = summary["stages"]["computed"]
     assert {stage: computed[stage] - 1 for stage in again} == again
     if keep == "last":
-        assert computed == {"sample": 1, "verify": 1, "fit": 1, "merge": 1, "evaluate": 2, "analyze": 1}
+        once = ("sample", "verify", "fit", "merge", "analyze", "update", "probe")
+        assert computed == {"evaluate": 2} | dict.fromkeys(once, 1)
         models = {name: data for name, data in deterministic_set(tmp_path / "all").items() if "03/model" in name}
         assert {n: d for n, d in deterministic_set(tmp_path / "three").items() if "/model/" in n} == models
 
@@ -534,7 +541,7 @@ def test_weights_that_another_run_keeps_are_not_dropped(tmp_path: Path) -> None:
     where = f"store.dir={tmp_path / 'store'}"
     run_here(tmp_path / "all", where, "store.keep=all")
     before = _weights_in(tmp_path / "store")
-    assert before == {"fit": 2, "merge": 2}
+    assert before == {"fit": 2, "merge": 2, "update": 2}
     run_here(tmp_path / "none", where, "store.keep=none")
     assert _weights_in(tmp_path / "store") == before
 
@@ -567,7 +574,7 @@ def test_a_mean_anchor_and_a_start_from_the_tuned_model_keep_what_they_read(tmp_
     summary = run_here(tmp_path / "last", f"store.dir={tmp_path / 'store'}", *how, "store.keep=last")
     assert summary["stages"]["computed"]["fit"] == summary["stages"]["computed"]["merge"] == 3  # none made twice
     assert _facts(tmp_path / "last") == _facts(tmp_path / "all")
-    assert _weights_in(tmp_path / "store") == {"merge": 1}
+    assert _weights_in(tmp_path / "store") == {"merge": 1, "update": 1}
 
 
 def test_auto_keeps_all_of_a_small_model_and_the_last_of_a_large_one() -> None:
