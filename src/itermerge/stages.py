@@ -175,7 +175,7 @@ class Bench:
         self.loaded = self.base.digest
         self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
         self.keep = store.keep = keep_of(cfg, self.size)
-        self._base_logs: list[torch.Tensor] | None = None
+        self._base_logs: list[list[torch.Tensor]] | None = None
         self._check_lengths(first)
 
     def _check_lengths(self, first: Sequence[Problem]) -> None:
@@ -394,7 +394,7 @@ class Bench:
         greedy answers to training problems."""
         spec, own = self.cfg.analysis, self.validation[: self.cfg.suite.pass_k_n]
         practised = self.train_problems(max(number, 1))[: spec.train_n]
-        away = [p for _, ps in self._ood_items(spec.kl_n) for p in ps]
+        away = [ps for _, ps in self._ood_items(spec.kl_n)]
 
         def compute(folder: Path) -> Mapping[str, Any]:
             out: dict[str, Any] = {}
@@ -407,15 +407,17 @@ class Bench:
                 out |= diversity.sample_figures(list(problems.values()), tokens)
             how = (self.policy.pad_id, spec.batch_size)
             with progress(f"round {number}: predictions", 3) as tick:
-                base = self._base_predictions(away) if away else []
+                base = self._base_predictions(away) if spec.kl_n else []
                 policy = self._load(model)
                 if own:
-                    texts = self._examples((p.prompt, p.gold) for p in own)
-                    out["diversity/fixed_text_entropy"] = diversity.text_entropy(policy.model, texts, *how)
+                    out["diversity/fixed_text_entropy"] = diversity.text_entropy(policy.model, self._golds(own), *how)
                 tick(1)
-                if away:
-                    texts = self._examples((p.prompt, p.gold) for p in away)[: len(base)]
-                    out["kl/ood"] = diversity.divergence(policy.model, base, texts, *how)
+                far = [
+                    diversity.divergence(policy.model, then, self._golds(problems)[: len(then)], *how)
+                    for problems, then in zip(away, base, strict=False)
+                ]  # a task at a time: its prompts share their examples
+                if far:
+                    out["kl/ood"] = tuple([x for part in column for x in part] for column in zip(*far, strict=True))
                 tick(1)
             if practised:
                 with self._sampler(model) as policy:
@@ -427,7 +429,7 @@ class Bench:
 
         inputs = {
             "model": model.digest, "base": self.base.digest, "held_out": held_out.digest if held_out else None,
-            "task": task_key(self.cfg.task), "texts": _ids(own), "ood": _ids(away), "train": _ids(practised),
+            "task": task_key(self.cfg.task), "texts": _ids(own), "ood": [_ids(ps) for ps in away], "train": _ids(practised),
             "batch_size": spec.batch_size, "how": self._decode(),
         } | self._dtype()  # fmt: skip
         return self.store.stage("probe", inputs, compute, modules=(*self.sampling, *PROBING))
@@ -587,17 +589,22 @@ class Bench:
         """The first `n` test items of each OOD task."""
         return [(e.task, e.problems[:n]) for e in self.exams if e.label in (*self.near, *self.far)]
 
-    def _base_predictions(self, problems: Sequence[Problem]) -> list[torch.Tensor]:
-        """The base's log-probabilities for the gold solutions of OOD items, of every task as many as fit in memory."""
+    def _golds(self, problems: Sequence[Problem]) -> list[Example]:
+        return self._examples((p.prompt, p.gold) for p in problems)
+
+    def _base_predictions(self, tasks: Sequence[Sequence[Problem]]) -> list[list[torch.Tensor]]:
+        """The base's log-probabilities for the gold solutions of OOD items, of each task as many as fit in its share of
+        the memory for them."""
         if self._base_logs is None:
-            examples = self._examples((p.prompt, p.gold) for p in problems)
-            room = KEPT_NUMBERS // self.policy.model.config.get_text_config().vocab_size
-            ends = np.cumsum([len(e.completion) for e in examples])
-            fit = max(1, int((ends <= room).sum()))
-            policy = self._load(self.base)
-            self._base_logs = diversity.keep_predictions(
-                policy.model, examples[:fit], policy.pad_id, self.cfg.analysis.batch_size
-            )
+            policy, made = self._load(self.base), []
+            room = KEPT_NUMBERS // policy.model.config.get_text_config().vocab_size // len(tasks)
+            for problems in tasks:
+                texts = self._golds(problems)
+                fit = max(1, int((np.cumsum([len(t.completion) for t in texts]) <= room).sum()))
+                made.append(
+                    diversity.keep_predictions(policy.model, texts[:fit], policy.pad_id, self.cfg.analysis.batch_size)
+                )
+            self._base_logs = made
         return self._base_logs
 
     def _load(self, model: Model) -> Policy:
