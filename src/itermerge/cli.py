@@ -206,8 +206,14 @@ def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
         summary = loop.run(cfg, folder, tracker)
     finally:
         tracker.finish(summary.get("final", {}), failed=not summary)
-    picture = report.run_figure(folder)
-    tracking.console.print(f"run folder {_short(folder)}, figure {_short(picture)}", soft_wrap=True)
+    try:
+        written = report.run(folder)
+        pictures = ", ".join(_short(p) for p in written[1:])
+        tracking.console.print(
+            f"run folder {_short(folder)}, report {_short(written[0])}, figures {pictures}", soft_wrap=True
+        )
+    except Exception:  # the run itself is whole
+        print(f"the run's report could not be made:\n{traceback.format_exc()}", file=sys.stderr)
     return float(summary["final"][cfg.optimized_metric])
 
 
@@ -332,10 +338,12 @@ def end_of_sweep(folder: Path) -> bool:
     marks = {i: sweep.mark_of(folder / str(i)) for i in jobs}
     if "DONE" in marks.values():
         try:
-            table, pictures = report.sweep(folder)
+            table, (page, *pictures) = report.sweep(folder)
             tracking.console.print(table)
             drawn = ", ".join(_short(picture) for picture in pictures)
-            tracking.console.print(f"sweep folder {_short(folder)}, figures {drawn}", soft_wrap=True)
+            tracking.console.print(
+                f"sweep folder {_short(folder)}, report {_short(page)}, figures {drawn}", soft_wrap=True
+            )
         except Exception:  # what failed and how to go on must be said all the same
             print(f"the sweep's table could not be made:\n{traceback.format_exc()}", file=sys.stderr)
     failed = [i for i in jobs if marks[i] == "FAILED"]
