@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -54,20 +55,23 @@ class Figure:
     columns: int = 3
     caption: str = ""
 
-
-def spec(chart: Panel | alt.ConcatChart) -> dict[str, Any]:
-    """A chart as Vega-Lite, without a theme."""
-    made = chart.to_dict()
-    return {name: value for name, value in made.items() if name not in ("config", "$schema")}
+    @cached_property
+    def specs(self) -> list[dict[str, Any]]:
+        """The panels as Vega-Lite, without a theme. Not checked against its schema, which takes longer than all the
+        rest; tests do that."""
+        made = [panel.to_dict(validate=False) for panel in self.panels]
+        return [{name: value for name, value in m.items() if name not in ("config", "$schema")} for m in made]
 
 
 def write_png(figure: Figure, path: Path) -> Path:
     """The panels of a figure side by side, on white, with their common legend below; the path."""
     import vl_convert
 
-    whole = alt.concat(*figure.panels, columns=figure.columns, spacing=28)
-    whole = whole.resolve_scale(color="shared" if figure.legend else "independent")
-    drawn = {**spec(whole), "config": theme("light") | {"background": "white"}, "padding": 12}
+    drawn: dict[str, Any] = {
+        "concat": figure.specs, "columns": figure.columns, "spacing": 28, "padding": 12,
+        "resolve": {"scale": {"color": "shared" if figure.legend else "independent"}},
+        "config": theme("light") | {"background": "white"},
+    }  # fmt: skip
     if figure.caption:
         drawn["title"] = {
             "text": "", "subtitle": figure.caption, "orient": "bottom", "anchor": "start", "offset": 14
@@ -88,7 +92,7 @@ def bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that sets window.vegaEmbed."""
     import vl_convert
 
-    return vl_convert.javascript_bundle(vl_version=_version())
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_version())
 
 
 # --- colours --------------------------------------------------------------------------------------------------------
@@ -199,7 +203,7 @@ def heatmap(
         return "white" if dark else "black"
 
     rows = [
-        {**c, "ink": ink(c["value"]), "said": "–" if c["value"] is None else format(c["value"], form)} for c in cells
+        {**c, "ink": ink(c["value"]), "said": "–" if c["value"] is None else _said(c["value"], form)} for c in cells
     ]
     scheme = "redblue" if diverging else "viridis"
     across = alt.X("x:N", title=x, sort=list(order_x), axis=alt.Axis(labelAngle=0, grid=False, domain=False))
@@ -218,6 +222,12 @@ def heatmap(
     return chart.resolve_scale(color="independent").properties(
         title=title, width=alt.Step(46 if wide else 16), height=alt.Step(22)
     )
+
+
+def _said(value: float, form: str) -> str:
+    """A number with a true minus; no sign before a zero."""
+    said = format(value, form)
+    return (said if float(said) else said.lstrip("+-")).replace("-", "−")
 
 
 def importance(
@@ -301,10 +311,12 @@ def pareto(
     points."""
     cloud = alt.Chart(_data(points))
     by = _colour(colours, legend)
-    wide = _room(points, "x", "low_x", "high_x", [p["x"] for p in base])
-    tall = _room(points, "y", "low_y", "high_y", [p["y"] for p in base])
-    across = alt.X("x:Q", title=x, scale=alt.Scale(domain=wide, nice=False))
-    up = alt.Y("y:Q", title=y, scale=alt.Scale(domain=tall, nice=False))
+    wide, tall = (
+        alt.Scale(domain=_room(points, d, f"low_{d}", f"high_{d}", [p[d] for p in base]), nice=False, zero=False)
+        for d in "xy"
+    )
+    across = alt.X("x:Q", title=x, scale=wide)
+    up = alt.Y("y:Q", title=y, scale=tall)
     tips = [
         alt.Tooltip("name:N", title=" "), alt.Tooltip("x:Q", title=x, format=".2f"),
         alt.Tooltip("y:Q", title=y, format=".2f"),
@@ -314,8 +326,14 @@ def pareto(
     )
     layers = [line.encode(across, up)]
     if any(p.get("low_x") is not None for p in points):
-        layers.append(cloud.mark_rule(opacity=0.55, clip=True).encode(alt.X("low_x:Q"), up, by, x2="high_x"))
-        layers.append(cloud.mark_rule(opacity=0.55, clip=True).encode(across, alt.Y("low_y:Q"), by, y2="high_y"))
+        layers.append(
+            cloud.mark_rule(opacity=0.55, clip=True).encode(alt.X("low_x:Q", title=x, scale=wide), up, by, x2="high_x")
+        )
+        layers.append(
+            cloud.mark_rule(opacity=0.55, clip=True).encode(
+                across, alt.Y("low_y:Q", title=y, scale=tall), by, y2="high_y"
+            )
+        )
     layers.append(cloud.mark_point(filled=True, size=80, opacity=1).encode(across, up, by, tooltip=tips))
     if labels:
         layers.append(cloud.mark_text(align="left", dx=7, dy=-6, fontSize=10).encode(across, up, text="name:N"))
@@ -334,7 +352,8 @@ def dots(
     names = list(dict.fromkeys(row["name"] for row in rows))
     down = alt.Y("name:N", title=None, sort=names, axis=alt.Axis(grid=True))
     limits = _room(rows, "value", "low", "high", [] if rule is None else [rule])
-    across = alt.X("value:Q", title=x, scale=alt.Scale(domain=limits, nice=False))
+    wide = alt.Scale(domain=limits, nice=False, zero=False)
+    across = alt.X("value:Q", title=x, scale=wide)
     by = _colour(colours, legend=False)
     tips = [
         alt.Tooltip("name:N", title=" "), alt.Tooltip("value:Q", title=x, format=form),
@@ -343,8 +362,10 @@ def dots(
     layers = []
     if rule is not None:
         dotted = alt.Chart(_data([{"value": rule}])).mark_rule(strokeDash=[2, 3], color=GREY, strokeWidth=1.4)
-        layers.append(dotted.encode(alt.X("value:Q")))
-    layers.append(base.mark_rule(strokeWidth=1.6, clip=True).encode(alt.X("low:Q", title=x), down, by, x2="high"))
+        layers.append(dotted.encode(across))
+    layers.append(
+        base.mark_rule(strokeWidth=1.6, clip=True).encode(alt.X("low:Q", title=x, scale=wide), down, by, x2="high")
+    )
     layers.append(base.mark_point(filled=True, size=60, opacity=1).encode(across, down, by, tooltip=tips))
     return alt.layer(*layers).properties(title=title, width=250, height=alt.Step(19))
 

@@ -109,11 +109,7 @@ class Page:
 
 def write(page: Page, path: Path) -> Path:
     """Writes the page; its path."""
-    specs: dict[str, Any] = {}
-    for block in (b for s in page.sections for b in s.blocks):
-        if isinstance(block, Charts):
-            for i, panel in enumerate(block.figure.panels):
-                specs[f"{block.figure.name}-{i}"] = charts.spec(panel)
+    specs = {f"{figure.name}-{i}": spec for figure in page.figures() for i, spec in enumerate(figure.specs)}
     themes = {name: charts.theme(name) for name in ("light", "dark")}
     html = _template().render(
         page=page, bundle=Markup(_bundle()), specs=embed(specs), themes=embed(themes), embed=embed

@@ -171,13 +171,13 @@ def tasks(rounds: Sequence[Line]) -> Figure | None:
 def gaps(rounds: Sequence[Line]) -> Figure | None:
     """Superficiality and memorisation over rounds, in points."""
     named = {
-        "gap/superficiality": ("superficiality: ID gain minus OOD gain", charts.PURPLE),
-        "gap/memorisation": ("memorisation: accuracy on training prompts minus on held-out ones", charts.GREEN),
+        "gap/superficiality": ("superficiality", "gain in domain minus gain out of domain", charts.PURPLE),
+        "gap/memorisation": ("memorisation", "accuracy on training prompts minus on held-out ones", charts.GREEN),
     }
     panels = [
-        charts.curves(title, rows, {title: colour}, y="points")
-        for name, (title, colour) in named.items()
-        if (rows := [r for r in points(rounds, name, title) if r["value"] is not None])
+        charts.curves([title, said], rows, {title: colour}, y="points")
+        for name, (title, said, colour) in named.items()
+        if (rows := points(rounds, name, title))
     ]
     return Figure("gaps", panels, caption="band: 95% interval, where there is one") if panels else None
 
@@ -255,14 +255,16 @@ def importance_blocks(
     if gone:
         blocks.append(Note(f"no finite figures of {', '.join(gone)}", warn=True))
     examples, source = number(content, "examples"), content.get("source")
-    on = f" Importance was measured on {examples:.0f} {source} solutions of the base." if examples and source else ""
-    blocks.append(
-        Note(
-            "How to read it: where bars are high and the line is low, the update goes into layers that matter little; "
-            "ρ below 0, and a share of the squared update in the top layers below an even spread, say the same." + on
-        )
-    )
+    whose = {"verified": "verified solutions of the base"}.get(str(source), f"{source} solutions")
+    if panels and not heading:
+        blocks.append(Note(_HOW_TO_READ + (f" Importance was measured on {examples:.0f} {whose}." if examples else "")))
     return blocks
+
+
+_HOW_TO_READ = (
+    "How to read it: where bars are high and the line is low, the update goes into layers that matter little; ρ below "
+    "0, and a share of the squared update in the top layers below an even spread, say the same."
+)
 
 
 def _importance_panel(
