@@ -67,15 +67,16 @@ def write_png(figure: Figure, path: Path) -> Path:
     """The panels of a figure side by side, on white, with their common legend below; the path."""
     import vl_convert
 
+    panels = [dict(panel) for panel in figure.specs]
+    data = [panel.pop("datasets", {}) for panel in panels]  # Vega-Lite looks for them at the top alone
     drawn: dict[str, Any] = {
-        "concat": figure.specs, "columns": figure.columns, "spacing": 28, "padding": 12,
+        "concat": panels, "datasets": {name: rows for one in data for name, rows in one.items()}, "columns": figure.columns, "spacing": 28, "padding": 12,
         "resolve": {"scale": {"color": "shared" if figure.legend else "independent"}},
         "config": theme("light") | {"background": "white"},
     }  # fmt: skip
     if figure.caption:
-        drawn["title"] = {
-            "text": "", "subtitle": figure.caption, "orient": "bottom", "anchor": "start", "offset": 14
-        }  # fmt: skip
+        small = {"fontSize": 11, "fontWeight": "normal", "color": _SOFT["light"]}
+        drawn["title"] = {"text": figure.caption, "orient": "bottom", "anchor": "start", "offset": 14, **small}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(vl_convert.vegalite_to_png(drawn, vl_version=_version(), scale=2))
     return path
@@ -353,7 +354,7 @@ def dots(
     down = alt.Y("name:N", title=None, sort=names, axis=alt.Axis(grid=True))
     limits = _room(rows, "value", "low", "high", [] if rule is None else [rule])
     wide = alt.Scale(domain=limits, nice=False, zero=False)
-    across = alt.X("value:Q", title=x, scale=wide)
+    across = alt.X("value:Q", title=x, scale=wide, axis=alt.Axis(tickCount=5))
     by = _colour(colours, legend=False)
     tips = [
         alt.Tooltip("name:N", title=" "), alt.Tooltip("value:Q", title=x, format=form),
