@@ -70,7 +70,8 @@ def write_png(figure: Figure, path: Path) -> Path:
     panels = [dict(panel) for panel in figure.specs]
     data = [panel.pop("datasets", {}) for panel in panels]  # Vega-Lite looks for them at the top alone
     drawn: dict[str, Any] = {
-        "concat": panels, "datasets": {name: rows for one in data for name, rows in one.items()}, "columns": figure.columns, "spacing": 28, "padding": 12,
+        "concat": panels, "datasets": {name: rows for one in data for name, rows in one.items()},
+        "columns": figure.columns, "spacing": 28, "padding": 12,
         "resolve": {"scale": {"color": "shared" if figure.legend else "independent"}},
         "config": theme("light") | {"background": "white"},
     }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,19 @@ def page(run: Run) -> Page:
     said = STATES[run.state] + (f": {run.why}" if run.why else "")
     planned = number(config, "rounds")
     notes = [Note(b, warn=True) for b in run.broken]
-    if planned is not None and len(run.rounds) - 1 < planned:
-        written = f"{max(0, len(run.rounds) - 1)} of {planned:.0f} rounds are written"
-        notes.append(Note(f"{written}; what follows is about these", warn=True))
+    there = {round_of(line, i) for i, line in enumerate(run.rounds)}
+    if planned is not None and (without := [t for t in range(int(planned) + 1) if t not in there]):
+        written = f"of rounds 0 to {planned:.0f}, {'none is' if not there else _list(there) + ' are'} written"
+        notes.append(Note(f"{written}; {_list(without)} missing here", warn=True))
     failed = run.summary.get("analysis_failed")
     for where, message in failed.items() if isinstance(failed, dict) else []:
         notes.append(Note(f"the analysis of {where} failed: {message}", warn=True))
     sections = [accuracy(run), importance(run), change(run), diversity(run), samples(run), about(run)]
     return Page(title, _subtitle(config), state, said, tiles(run), notes, sections)
+
+
+def _list(rounds: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(rounds)))
 
 
 def describe(config: Mapping[str, Any]) -> str:
@@ -93,18 +98,21 @@ def _pair(base: Line, final: Line, name: str, label: str) -> Any:
 
 
 def points(rounds: Sequence[Line], name: str, series: str, scale: float = 100) -> list[dict[str, Any]]:
-    """A metric's rows for `charts.curves`: a row a round, None where a round lacks it; none where all lack it."""
+    """A metric's rows for `charts.curves`: a row a round, None where a round lacks it or is itself lacking; no rows
+    where all lack it."""
+    lines = {round_of(line, i): line for i, line in enumerate(rounds)}
     rows = []
-    for i, line in enumerate(rounds):
+    for t in range(min(lines, default=0), max(lines, default=-1) + 1):
         value, low, high = (
-            None if (v := number(line, name + end)) is None else round(scale * v, 6) for end in ("", "_low", "_high")
+            None if (v := number(lines.get(t, {}), name + end)) is None else round(scale * v, 6)
+            for end in ("", "_low", "_high")
         )
-        rows.append({"x": round_of(line, i), "series": series, "value": value, "low": low, "high": high})
+        rows.append({"x": t, "series": series, "value": value, "low": low, "high": high})
     return rows if any(r["value"] is not None for r in rows) else []
 
 
 def _base_level(rounds: Sequence[Line], name: str, series: str, scale: float = 100) -> list[dict[str, Any]]:
-    value = number(rounds[0], name)
+    value = number(rounds[0], name) if round_of(rounds[0], 0) == 0 else None
     return [] if value is None else [{"series": series, "value": scale * value, "what": "base"}]
 
 
@@ -163,7 +171,11 @@ def tasks(rounds: Sequence[Line]) -> Figure | None:
             if majority is not None:
                 levels.append({"series": "majority baseline", "value": 100 * majority, "what": "majority baseline"})
             title = f"{task} ({where.upper()})"
-            panels.append(charts.curves(title, rows, colours, y="accuracy (%)", levels=levels, width=220, height=130))
+            panels.append(
+                charts.curves(
+                    title, rows, colours, y="accuracy (%)", levels=levels, width=220, height=130, legend=True
+                )
+            )  # fmt: skip
     caption = "band: 95% Wilson interval; dotted: the base, and in grey what the commonest answer scores"
     return Figure("tasks", panels, colours, columns=4, caption=caption) if panels else None
 
@@ -296,7 +308,7 @@ def _importance_panel(
         ]  # fmt: skip
     legend = {names[True]: charts.BLUE, names[False]: charts.PALE_BLUE}
     title = [estimator, *mismatch_text(line, estimator)]
-    return charts.importance(title, bars, lines, legend | dict(colours)), legend
+    return charts.importance(title, bars, lines, legend | dict(colours), legend=True), legend
 
 
 def mismatch_text(line: Line, estimator: str) -> list[str]:
@@ -515,7 +527,7 @@ def pass_panels(rounds: Sequence[Line]) -> tuple[list[charts.Panel], dict[str, s
                 if value is not None:
                     rows.append({"x": k, "series": label, "value": value, "low": low, "high": high})
         if rows:
-            panels.append(charts.steps(title, rows, colours, x="k", y="problems (%)"))
+            panels.append(charts.steps(title, rows, colours, x="k", y="problems (%)", legend=True))
     return (panels, colours) if panels else None
 
 

@@ -157,7 +157,7 @@ def curve_blocks(chosen: Sequence[Setting]) -> list[Block]:
                 panels.append(
                     charts.curves(
                         _titled(title, rest), rows, mine, y="accuracy (%)", levels=levels, band=_band(chosen),
-                        legend=False,
+                        legend=bool(_legend(colours)),
                     )
                 )  # fmt: skip
     if not panels:
@@ -291,7 +291,13 @@ def pareto_blocks(chosen: Sequence[Setting]) -> list[Block]:
         if x is not None and y is not None
     ]  # fmt: skip
     panel = charts.pareto(
-        points, front, colours, x="ID accuracy at the end (%)", y="OOD accuracy at the end (%)", base=base, legend=False
+        points,
+        front,
+        colours,
+        x="ID accuracy at the end (%)",
+        y="OOD accuracy at the end (%)",
+        base=base,
+        legend=bool(_legend(colours)),
     )
     spread = "; crosses: 95% interval over seeds (Student's t)" if any(p["low_x"] is not None for p in points) else ""
     caption = f"dashed: the settings that no other one beats in both; grey cross: the base{spread}"
@@ -388,7 +394,7 @@ def layer_blocks(chosen: Sequence[Setting]) -> list[Block]:
             panels.append(
                 charts.curves(
                     _titled("relative change at the end (%)", rest), rows, colours, y="relative change (%)", x="layer",
-                    form=".4f", width=430, height=230, band=_band(chosen),
+                    form=".4f", width=430, height=230, band=_band(chosen), legend=bool(_legend(colours)),
                 )
             )  # fmt: skip
     if not panels:
