@@ -275,8 +275,8 @@ def write_rounds(folder: Path, lines: list[dict[str, Any]]) -> None:
 def write_samples(path: Path, n: int, completion: str = "1+1=2", samples: int = 2) -> None:
     rows = [
         {"id": f"p{i // samples}", "sample": i % samples, "prompt": f"problem {i // samples}?",
-         "completion": completion, "answer": "2", "gold": "3" if i % 2 else "2", "verdict": i % 2 == 0, "reason": "wrong" if i % 2 else "correct",
-         "tokens": 5}
+         "completion": completion, "answer": "2", "gold": "3" if i % 2 else "2", "verdict": i % 2 == 0,
+         "reason": "wrong" if i % 2 else "correct", "tokens": 5}
         for i in range(n)
     ]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

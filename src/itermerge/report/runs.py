@@ -10,7 +10,7 @@ from typing import Any
 from . import charts
 from .charts import Figure
 from .folders import STATES, Line, Run, flat, in_order, number, read_lines, round_of, rows_of, task_of
-from .page import Block, Charts, Note, Page, Pre, Samples, Section, Tile, p_value, percent, signed
+from .page import Block, Charts, Note, Page, Pre, Samples, Section, Tile, embed, p_value, percent, signed
 
 PANELS = {
     "id/acc": ("in-domain (ID)", charts.ID), "ood/near/acc": ("out-of-domain, near", charts.NEAR),
@@ -18,7 +18,7 @@ PANELS = {
 }  # fmt: skip
 ROWS_SHOWN = 150  # samples a round and set
 LONGEST = 2000  # characters of a completion
-BUDGET = 3_000_000  # characters of all samples of a page
+BUDGET = 3_000_000  # bytes of all samples of a page
 
 
 def page(run: Run) -> Page:
@@ -553,8 +553,8 @@ def samples(run: Run) -> Section:
     if not read:
         return Section("samples", "Samples", blocks)
     most = ROWS_SHOWN
-    while len(json.dumps(data := sample_data(read, most), ensure_ascii=False)) > BUDGET and most > 1:
-        most //= 2
+    while len(embed(data := sample_data(read, most)).encode()) > BUDGET and most > 1:
+        most = most * 4 // 5
     return Section("samples", "Samples", [Samples(data), *blocks])
 
 
