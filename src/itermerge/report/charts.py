@@ -62,6 +62,20 @@ class Figure:
         made = [panel.to_dict(validate=False) for panel in self.panels]
         return [{name: value for name, value in m.items() if name not in ("config", "$schema")} for m in made]
 
+    @property
+    def bare(self) -> list[dict[str, Any]]:
+        """The panels without the legend that a page draws once for all of them."""
+        return [_without_legend(panel) for panel in self.specs] if self.legend else self.specs
+
+
+def _without_legend(panel: dict[str, Any]) -> dict[str, Any]:
+    out = dict(panel)
+    if "layer" in out:
+        out["layer"] = [_without_legend(layer) for layer in out["layer"]]
+    if "legend" in (colour := out.get("encoding", {}).get("color", {})):
+        out["encoding"] = {**out["encoding"], "color": {**colour, "legend": None}}
+    return out
+
 
 def write_png(figure: Figure, path: Path) -> Path:
     """The panels of a figure side by side, on white, with their common legend below; the path."""

@@ -14,9 +14,7 @@ function theme() {
 async function draw() {
   const mine = ++drawing;
   for (const panel of document.querySelectorAll(".panel")) {
-    const config = structuredClone(themes[theme()]);
-    if ("plain" in panel.dataset) config.legend.disable = true;
-    config.font = getComputedStyle(document.body).fontFamily;
+    const config = { ...themes[theme()], font: getComputedStyle(document.body).fontFamily };
     const actions = { export: { svg: true, png: true }, source: false, compiled: false, editor: false };
     const options = { mode: "vega-lite", config, actions, renderer: "svg", tooltip: { theme: theme() } };
     try {

@@ -109,7 +109,7 @@ class Page:
 
 def write(page: Page, path: Path) -> Path:
     """Writes the page; its path."""
-    specs = {f"{figure.name}-{i}": spec for figure in page.figures() for i, spec in enumerate(figure.specs)}
+    specs = {f"{figure.name}-{i}": spec for figure in page.figures() for i, spec in enumerate(figure.bare)}
     themes = {name: charts.theme(name) for name in ("light", "dark")}
     html = _template().render(
         page=page, bundle=Markup(_bundle()), specs=embed(specs), themes=embed(themes), embed=embed

@@ -109,7 +109,7 @@ def tiles(jobs: Sequence[Job], chosen: Sequence[Setting], states: Sequence[State
         for name, title in (("id/acc", "ID of the base"), ("ood/acc", "OOD of the base")):
             bases = sorted({v for j in jobs if (v := number(j.rounds[0], name)) is not None})
             if bases:
-                said = "-".join(f"{100 * b:.1f}" for b in dict.fromkeys((bases[0], bases[-1])))
+                said = "–".join(f"{100 * b:.1f}" for b in dict.fromkeys((bases[0], bases[-1])))
                 out.append(Tile(title, f"{said}%", ""))
     return out
 
