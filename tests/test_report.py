@@ -597,6 +597,16 @@ def test_profiles_and_mismatch_by_setting(tmp_path: Path) -> None:
     assert {r["value"] for r in data(drawn["mismatch-1"], "value") if "name" not in r} == {50}  # k / L
 
 
+def test_a_search_keeps_its_own_pareto_figure_and_names_its_best(sweep: Path) -> None:
+    (sweep / "optuna.log").write_text("")
+    best = {"job": 1, "params": {"merge.ratio": 0.123456789}, "val/id/acc": 0.5, "val/ood/acc": 0.25}
+    (sweep / "search.json").write_text(json.dumps({"metrics": ["val/id/acc", "val/ood/acc"], "best": [best]}))
+    _, paths = report.sweep(sweep)
+    assert [p.stem for p in paths] == ["report", "id_ood", "heatmap", "vs_vanilla", "pareto_test"]
+    said = "search, best by validation: job 1: val/id/acc 50.0%, val/ood/acc 25.0% with ratio=0.1235"
+    assert said in paths[0].read_text()
+
+
 def test_a_large_sweeps_page_is_small(tmp_path: Path) -> None:
     for i in range(18):
         write_run(tmp_path / str(i), f"merge.ratio={(1 + i // 3) / 6}", f"seed={i % 3}", samples=2)

@@ -219,7 +219,7 @@ def heatmap(
         return "white" if dark else "black"
 
     rows = [
-        {**c, "ink": ink(c["value"]), "said": "–" if c["value"] is None else _said(c["value"], form)} for c in cells
+        {**c, "ink": ink(c["value"]), "said": "–" if c["value"] is None else signed(c["value"], form)} for c in cells
     ]
     scheme = "redblue" if diverging else "viridis"
     across = alt.X("x:N", title=x, sort=list(order_x), axis=alt.Axis(labelAngle=0, grid=False, domain=False))
@@ -240,7 +240,7 @@ def heatmap(
     )
 
 
-def _said(value: float, form: str) -> str:
+def signed(value: float, form: str = "+.2f") -> str:
     """A number with a true minus; no sign before a zero."""
     said = format(value, form)
     return (said if float(said) else said.lstrip("+-")).replace("-", "−")

@@ -158,11 +158,6 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
-def signed(value: float, form: str = "+.2f") -> str:
-    """A number with its sign, a true minus."""
-    return format(value, form).replace("-", "−")
-
-
 def p_value(p: float) -> str:
     """`p = .02`, `p < .01`."""
     return "p < .01" if p < 0.01 else f"p = {p:.2f}".replace("0.", ".")

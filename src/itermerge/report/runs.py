@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from . import charts
-from .charts import Figure
+from .charts import Figure, signed
 from .folders import STATES, Line, Run, flat, in_order, number, read_lines, round_of, rows_of, task_of
-from .page import Block, Charts, Note, Page, Pre, Samples, Section, Tile, embed, p_value, percent, signed
+from .page import Block, Charts, Note, Page, Pre, Samples, Section, Tile, embed, p_value, percent
 
 PANELS = {
     "id/acc": ("in-domain (ID)", charts.ID), "ood/near/acc": ("out-of-domain, near", charts.NEAR),
@@ -187,7 +187,7 @@ def gaps(rounds: Sequence[Line]) -> Figure | None:
         "gap/memorisation": ("memorisation", "accuracy on training prompts minus on held-out ones", charts.GREEN),
     }
     panels = [
-        charts.curves([title, said], rows, {title: colour}, y="points")
+        charts.curves([title, said], rows, {title: colour}, y="points", levels=[{"value": 0, "what": "none"}])
         for name, (title, said, colour) in named.items()
         if (rows := points(rounds, name, title))
     ]

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from . import charts
-from .charts import Figure
+from .charts import Figure, signed
 from .folders import (
     STATES,
     Job,
@@ -28,7 +28,7 @@ from .folders import (
     settings,
     vanillas,
 )  # fmt: skip
-from .page import Block, Cell, Charts, Note, Page, Section, Table, Tile, signed
+from .page import Block, Cell, Charts, Note, Page, Section, Table, Tile
 from .runs import CURVES, PANELS
 
 MANY = 12  # labels that a legend may have
