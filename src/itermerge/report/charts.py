@@ -178,7 +178,9 @@ def curves(
     layers: list[alt.Chart] = []
     if any(r.get("low") is not None for r in rows):
         layers.append(
-            base.mark_area(opacity=0.16).encode(across, alt.Y("low:Q", title=y, scale=up), alt.Y2("high:Q"), by)
+            base.mark_area(opacity=min(0.16, 0.4 / len({r["series"] for r in rows}))).encode(
+                across, alt.Y("low:Q", title=y, scale=up), alt.Y2("high:Q"), by
+            )
         )
     layers.append(base.mark_line(strokeWidth=2).encode(across, value, by))
     layers.append(base.mark_point(filled=True, size=46, opacity=1).encode(across, value, by, tooltip=tips))
@@ -202,7 +204,7 @@ def _title(title: str | Sequence[str]) -> Any:
 
 
 def heatmap(
-    title: str, cells: Rows, *, x: str, y: str, form: str, limits: tuple[float, float], label: str,
+    title: str | Sequence[str], cells: Rows, *, x: str, y: str, form: str, limits: tuple[float, float], label: str,
     order_x: Sequence[str], order_y: Sequence[str], diverging: bool = False, legend: bool = True,
 ) -> Panel:  # fmt: skip
     """Coloured cells with their values. Cells: {x, y, value}; None is a gap, marked by a dash. `diverging` runs from
@@ -236,7 +238,7 @@ def heatmap(
     )
     chart = alt.layer(boxes, texts) if wide else alt.layer(boxes)
     return chart.resolve_scale(color="independent").properties(
-        title=title, width=alt.Step(46 if wide else 16), height=alt.Step(22)
+        title=_title(title), width=alt.Step(46 if wide else 16), height=alt.Step(22)
     )
 
 
@@ -292,7 +294,8 @@ def stacked(title: str, rows: Rows, colours: Mapping[str, str], *, width: int = 
 def steps(
     title: str, rows: Rows, colours: Mapping[str, str], *, x: str, y: str, legend: bool = False, width: int = 290
 ) -> Panel:
-    """Lines over the powers of two of `x`. Rows: {x, series, value, low, high}."""
+    """Lines over the powers of two of `x`, with bands for the first and the last of `colours`. Rows: {x, series, value,
+    low, high}."""
     base = alt.Chart(_data(rows))
     by = _colour(colours, legend)
     across = alt.X("x:O", title=x, axis=alt.Axis(labelAngle=0, grid=False), sort=sorted({r["x"] for r in rows}))
@@ -301,7 +304,11 @@ def steps(
         alt.Tooltip("series:N", title=" "), alt.Tooltip("x:O", title=x), _exact(".1f"),
         alt.Tooltip("low:Q", title="95%, low", format=".1f"), alt.Tooltip("high:Q", title="95%, high", format=".1f"),
     ]  # fmt: skip
+    labels = list(colours)
+    ends = [r for r in rows if r["series"] in (labels[0], labels[-1]) and r["low"] is not None]
+    band = alt.Chart(_data(ends)).mark_area(opacity=0.16)
     return alt.layer(
+        band.encode(across, alt.Y("low:Q", title=y, scale=alt.Scale(zero=False)), alt.Y2("high:Q"), by),
         base.mark_line(strokeWidth=2).encode(across, up, by),
         base.mark_point(filled=True, size=46, opacity=1).encode(across, up, by, tooltip=tips),
     ).properties(title=title, width=width, height=210)

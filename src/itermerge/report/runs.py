@@ -482,9 +482,8 @@ def diversity(run: Run) -> Section:
         blocks.append(Note(f"not measured in this run: {', '.join(gone)}", warn=not panels))
     passes = pass_panels(run.rounds)
     if passes:
-        figure = Figure(
-            "pass_at_k", passes[0], passes[1], columns=2, caption="each line is a round; 95% in the tooltips"
-        )
+        caption = "band: 95% interval over problems, of the base and of the last round"
+        figure = Figure("pass_at_k", *passes, columns=2, caption=caption)
         blocks.append(Charts(figure, "With more samples"))
         blocks.append(Note("Collapse shows as pass@1 up, with pass@k for large k and entropy down."))
     else:

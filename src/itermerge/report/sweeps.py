@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +33,7 @@ from .page import Block, Cell, Charts, Note, Page, Section, Table, Tile
 from .runs import CURVES, PANELS
 
 MANY = 12  # labels that a legend may have
+ROWS = 60  # settings that stand below one another
 HEATS = {"id/acc": "in-domain (ID)", "ood/acc": "out-of-domain (OOD)"}
 SEARCH = "search.json"
 
@@ -49,8 +51,8 @@ def page(folder: Path, jobs: Sequence[Job]) -> Page:
             Section("heatmaps", "Ratio and rounds", [*ratio_blocks(jobs), *vanilla_blocks(jobs)]),
             Section("tradeoff", "In domain against out of domain", pareto_blocks(chosen)),
             Section("curves", "Over rounds", curve_blocks(chosen)),
-            Section("diversity", "Diversity at the end", diversity_blocks(chosen)),
-            Section("layers", "Layers", [*layer_blocks(chosen), *mismatch_blocks(chosen)]),
+            Section("diversity", "Diversity at the end", [*diversity_blocks(chosen[:ROWS]), *_cut(chosen)]),
+            Section("layers", "Layers", [*layer_blocks(chosen), *mismatch_blocks(chosen[:ROWS]), *_cut(chosen)]),
             *sections,
         ]
     else:
@@ -68,6 +70,11 @@ def page(folder: Path, jobs: Sequence[Job]) -> Page:
         notes.append(Note(f"search, best by validation: {_said_of(best, search.get('metrics', []))}"))
     state = "ok" if done == len(states) else "bad" if failed else "open"
     return Page(_title(folder, jobs), _swept(jobs, states), state, said, tiles(jobs, chosen, states), notes, sections)
+
+
+def _cut(chosen: Sequence[Setting]) -> list[Block]:
+    said = f"the first {ROWS} of {len(chosen)} settings, one below the other; jobs.csv has all"
+    return [Note(said)] if len(chosen) > ROWS else []
 
 
 def _said_of(best: Mapping[str, Any], metrics: Sequence[str]) -> str:
@@ -103,9 +110,8 @@ def tiles(jobs: Sequence[Job], chosen: Sequence[Setting], states: Sequence[State
     out = [Tile("jobs done", f"{marks.count('DONE')} of {len(marks)}", ", ".join(rest))]
     if jobs:
         seeds = sorted({len(s.jobs) for s in chosen})
-        out.append(
-            Tile("settings", str(len(chosen)), f"{'-'.join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))} seeds each")
-        )
+        each = "–".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+        out.append(Tile("settings", str(len(chosen)), f"{each} {'seed' if each == '1' else 'seeds'} each"))
         for name, title in (("id/acc", "ID of the base"), ("ood/acc", "OOD of the base")):
             bases = sorted({v for j in jobs if (v := number(j.rounds[0], name)) is not None})
             if bases:
@@ -118,7 +124,9 @@ def colours_of(chosen: Sequence[Setting]) -> dict[str, str]:
     """A colour for each short label: ratios in order of a ramp, vanilla grey."""
     vanilla = {s.short: all(j.vanilla for t in chosen if t.short == s.short for j in t.jobs) for s in chosen}
     others = [short for short, is_vanilla in vanilla.items() if not is_vanilla]
-    ordered = all(short.startswith("ratio=") and " " not in short for short in others)
+    ordered = all(re.fullmatch(r"ratio=[\d.e+-]+", short) for short in others)
+    if ordered:
+        others.sort(key=lambda short: float(short.removeprefix("ratio=")))
     picked = (
         dict(zip(others, charts.ramp(len(others)), strict=True)) if ordered and others else charts.categories(others)
     )
@@ -232,7 +240,7 @@ def _heats(
     for (row, metric), values in found.items():
         bases = [v for g in cells[row].values() for j in g if (v := number(j.rounds[0], metric)) is not None]
         base = f", base {100 * fmean(bases):.1f}%" if bases else ""
-        title = HEATS[metric] + base + (f"   {row}" if row != "run" else "")
+        title = _titled(HEATS[metric] + base * (name == "heatmap"), row if row != "run" else "")
         panels.append(
             charts.heatmap(
                 title, values, x="round", y="merge.ratio", form="+.1f", limits=(-limit, limit), label="points",
