@@ -326,7 +326,7 @@ def test_curves_hold_per_cent_with_intervals_and_the_base(run_folder: Path) -> N
     assert steps["base", 1] == pytest.approx(30)
     assert steps["round 3", 2] == pytest.approx(40)
     legends = [layer["encoding"]["color"]["legend"] for layer in drawn["pass_at_k-0"]["layer"]]
-    assert legends == [None, None]  # the page has one for both panels
+    assert set(legends) == {None}  # the page has one for both panels
     assert (run_folder / "report.html").read_text().count("</i>round 3</span>") == 1
 
 
