@@ -1,13 +1,38 @@
-"""Layer change by hand, and the row of a tensor for the usual architectures."""
+"""Layer change, the updates of rounds and their mismatch with importance, by hand and against SciPy; the row of a
+tensor for the usual architectures; checkpoints larger than memory."""
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from scipy import stats
 
-from itermerge.analysis import layer_change, place_of, relative_distance
-from itermerge.policy import PolicyError
+from itermerge.analysis import change
+from itermerge.analysis.change import (
+    AnalysisError,
+    effective_rank,
+    layer_change,
+    place_of,
+    relative_distance,
+    update_figures,
+    update_of,
+)
+from itermerge.analysis.mismatch import (
+    interval_of_means,
+    mismatch,
+    permutation_p,
+    spearman,
+    top_count,
+    top_share,
+)
+from itermerge.policy import Checkpoint, PolicyError
 
 BASE = {
     "model.embed_tokens.weight": torch.tensor([[3.0, 4.0]]),  # norm 5
@@ -111,3 +136,190 @@ def test_relative_distance_by_hand() -> None:
 )
 def test_place_of(name: str, place: tuple[str, str]) -> None:
     assert place_of(name) == place
+
+
+# --- the updates of rounds -----------------------------------------------------------------------------------------
+
+Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+
+
+def test_update_figures_by_hand() -> None:
+    start = {Q: torch.tensor([[1.0, 1.0], [1.0, 1.0]]), NORM: torch.tensor([1.0, 1.0])}
+    tuned = {Q: torch.tensor([[2.0, 1.0], [1.0, 3.0]]), NORM: torch.tensor([1.0, 1.0])}
+    update = update_of(start, tuned)  # q: diag(1, 2); norm: nothing
+    assert update[Q].dtype == torch.bfloat16
+    earlier = {Q: torch.tensor([[2.0, 5.0], [0.0, -1.0]]), NORM: torch.tensor([1.0, 1.0])}
+    got = update_figures(start, tuned, update, earlier)
+    # u.v = 1*2 + 2*(-1) = 0; the signs that both have: + +, + -
+    assert got["layer_00"]["cosine"] == 0
+    assert got["layer_00"]["sign_agreement"] == 0.5
+    p = np.array([1 / 3, 2 / 3])  # singular values 1 and 2
+    assert got["layer_00"]["effective_rank"] == pytest.approx(float(np.exp(-(p * np.log(p)).sum())) / 2)
+    assert got["norm"] == {"cosine": None, "sign_agreement": None, "effective_rank": None}
+    same = update_figures(start, tuned, update, update, ranks=False)["layer_00"]
+    assert same["cosine"] == pytest.approx(1)
+    assert (same["sign_agreement"], same["effective_rank"]) == (1, None)
+    first = update_figures(start, tuned, update)["layer_00"]
+    assert (first["cosine"], first["sign_agreement"]) == (None, None)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (4, 4)])
+def test_effective_rank_against_singular_values(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    p = np.linalg.svd(matrix.numpy(), compute_uv=False)
+    p /= p.sum()
+    assert effective_rank(matrix) == pytest.approx(float(np.exp(-(p * np.log(p)).sum())), rel=1e-9)
+    assert effective_rank(torch.eye(5, dtype=torch.float64)) == pytest.approx(5)
+    assert effective_rank(torch.outer(matrix[0], matrix[0])) == pytest.approx(1, abs=1e-5)
+    assert effective_rank(torch.zeros(3, 3, dtype=torch.float64)) is None
+
+
+def test_a_weight_that_is_not_finite_is_named() -> None:
+    now = {name: w.clone() for name, w in BASE.items()}
+    now["model.norm.weight"][0] = float("nan")
+    with pytest.raises(AnalysisError, match=r"model\.norm\.weight: has weights that are not finite"):
+        layer_change(BASE, now)
+
+
+# --- checkpoints on disk -------------------------------------------------------------------------------------------
+
+
+def _sharded(folder: Path, weights: dict[str, torch.Tensor]) -> Checkpoint:
+    folder.mkdir()
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, mine in shards.items():
+        save_file({n: weights[n].contiguous() for n in mine}, folder / file)
+    where = {n: file for file, mine in shards.items() for n in mine}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return Checkpoint(folder)
+
+
+def test_streamed_from_shards_equals_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a tensor comes in several pieces, and in another dtype."""
+    draw = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(9, 5, generator=draw) for name in BASE}
+    now = {name: (w + 0.1 * torch.randn(9, 5, generator=draw)).bfloat16() for name, w in base.items()}
+    whole = layer_change(base, now)
+    one, other = _sharded(tmp_path / "a", base), _sharded(tmp_path / "b", now)
+    assert layer_change(one, other) == whole
+    assert relative_distance(one, other) == relative_distance(base, now)
+    monkeypatch.setattr(change, "PIECE", 10)  # two rows at a time
+    pieces = layer_change(one, other)
+    for row, figures in whole.items():
+        assert pieces[row]["relative"] == pytest.approx(figures["relative"], rel=1e-12)
+        assert pieces[row]["energy"] == pytest.approx(figures["energy"], rel=1e-12)
+
+
+def test_streaming_holds_a_piece_and_not_a_model(tmp_path: Path) -> None:
+    """Two checkpoints of 200 MB each, compared within 60 MB of memory of our own (pages of the files do not count)."""
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        draw = torch.Generator().manual_seed(seed)
+        weights = {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(5000, 2500, generator=draw) for i in range(4)}
+        save_file(weights, tmp_path / name / "model.safetensors")
+        del weights
+    code = """
+import sys, itermerge.analysis.change as change
+from itermerge.policy import Checkpoint
+def private():
+    return sum(int(line.split()[1]) for line in open("/proc/self/smaps_rollup") if line.startswith("Anonymous"))
+import threading, time
+change.PIECE = 1 << 19
+before, most, done = private(), [0], []
+def watch():
+    while not done:
+        most[0] = max(most[0], private()); time.sleep(.005)
+thread = threading.Thread(target=watch); thread.start()
+got = change.layer_change(Checkpoint(sys.argv[1]), Checkpoint(sys.argv[2]))
+done.append(1); thread.join()
+assert abs(got["layer_03"]["relative"] - 2 ** .5) < .01, got["layer_03"]["relative"]
+print((most[0] - before) / 1024)
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")]
+    out = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stderr
+    assert 0 < float(out.stdout) < 60
+
+
+def test_checkpoints_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="nowhere is not a folder"):
+        Checkpoint(tmp_path / "nowhere")
+    with pytest.raises(PolicyError, match=r"has no \*\.safetensors weights\. Pickle checkpoints are not loaded"):
+        Checkpoint(tmp_path)
+    _sharded(tmp_path / "a", BASE)
+    cut = tmp_path / "a" / "model-00002-of-00002.safetensors"
+    cut.write_bytes(cut.read_bytes()[:20])
+    with pytest.raises(PolicyError, match=r"model-00002-of-00002\.safetensors cannot be read"):
+        Checkpoint(tmp_path / "a")
+    cut.unlink()
+    with pytest.raises(PolicyError, match=r"model-00002-of-00002\.safetensors cannot be read"):
+        Checkpoint(tmp_path / "a")
+
+
+# --- mismatch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [3, 8, 30])
+def test_spearman_and_its_p_against_scipy(n: int) -> None:
+    rng = np.random.default_rng(n)
+    x, y = rng.normal(size=n), rng.integers(0, 4, n).astype(float)  # with ties
+    assert float(spearman(x, y)) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    p = permutation_p(list(x), list(y))
+    if n < 8:  # all permutations, by SciPy
+        exact = stats.permutation_test(
+            (x,), lambda a: abs(stats.spearmanr(a, y).statistic), permutation_type="pairings", alternative="greater",
+            n_resamples=np.inf, vectorized=False,
+        )  # fmt: skip
+        assert p == pytest.approx(exact.pvalue, abs=1e-12)
+    else:  # the t approximation is close for 30 layers, and for 8 not far
+        assert p == pytest.approx(stats.spearmanr(x, y).pvalue, abs=0.03)
+
+
+def test_spearman_by_hand() -> None:
+    assert float(spearman(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 4, 3]))) == pytest.approx(0.8)  # 1 - 6*2 / (4*15)
+    assert permutation_p([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(2 / 24)  # this order and its reverse
+    assert np.isnan(permutation_p([1, 1, 1], [1, 2, 3]))
+    assert np.isnan(spearman(np.array([1.0]), np.array([2.0])))
+
+
+def _layers(relative: list[float], energy: list[float]) -> dict[str, dict[str, float]]:
+    pairs = enumerate(zip(relative, energy, strict=True))
+    rows = {f"layer_{i:02d}": {"relative": r, "energy": e} for i, (r, e) in pairs}
+    return rows | {"embed": {"relative": 9.0, "energy": 0.5}}  # no layer: left out
+
+
+def test_mismatch_by_hand() -> None:
+    values = {"skip": np.array([[4.0, 3, 2, 1], [4.0, 3, 2, 1]]), "taylor": np.array([[1.0, 2, 3, 4], [3.0, 2, 1, 4]])}
+    got = mismatch(values, _layers([0.1, 0.2, 0.3, 0.4], [0.05, 0.05, 0.1, 0.3]), 0.5)
+    assert got["top_k"] == 2
+    assert (got["skip/spearman"], got["skip/spearman_low"], got["skip/spearman_high"]) == (-1, -1, -1)
+    assert got["skip/p"] == pytest.approx(2 / 24)
+    assert got["skip/top_share"] == pytest.approx(0.1 / 0.5)  # layers 0 and 1, of the layers' own change
+    assert got["skip/top_expected"] == 0.5
+    # means 2 2 2 4: ranks 2 2 2 4 against 1 2 3 4; resampled they are (1 2 3 4), (2 2 2 4) or (3 2 1 4)
+    assert got["taylor/spearman"] == pytest.approx(stats.spearmanr([2, 2, 2, 4], [1, 2, 3, 4]).statistic)
+    low = stats.spearmanr([3, 2, 1, 4], [1, 2, 3, 4]).statistic
+    assert (got["taylor/spearman_low"], got["taylor/spearman_high"]) == (pytest.approx(low), pytest.approx(1))
+
+
+def test_mismatch_of_one_layer_and_of_no_change_leaves_out_what_is_not_defined() -> None:
+    one = mismatch({"skip": np.array([[1.0]])}, _layers([0.1], [0.5]), 0.25)
+    names = ("top_k", "skip/top_share", "skip/top_share_low", "skip/top_share_high", "skip/top_expected")
+    assert one == dict.fromkeys(names, 1)
+    assert mismatch({"skip": np.array([[1.0, 2.0]])}, _layers([0.0, 0.0], [0.0, 0.0]), 0.5) == {"top_k": 1}
+
+
+def test_top_share_counts_layers() -> None:
+    assert [top_count(n, 0.25) for n in (1, 4, 8, 30)] == [1, 1, 2, 8]
+    energy = np.array([0.1, 0.2, 0.3, 0.4])
+    assert top_share(np.array([[1.0, 9, 8, 0], [0.0, 0, 0, 1]]), energy, 2) == pytest.approx([0.5, 0.5])  # {1,2}; {3,0}
+
+
+def test_interval_of_means_is_about_the_mean() -> None:
+    values = np.random.default_rng(0).normal(size=(100, 2))
+    mean, low, high = interval_of_means(values)
+    half = 1.96 * values.std(0) / 10
+    assert mean == pytest.approx(values.mean(0))
+    assert low == pytest.approx(mean - half, abs=0.03)
+    assert high == pytest.approx(mean + half, abs=0.03)

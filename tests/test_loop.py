@@ -19,11 +19,12 @@ from itermerge.decoding import complete
 from itermerge.policy import PolicyError, read_weights
 from itermerge.sft import SftError
 from itermerge.stages import EmptyRound
-from itermerge.store import Store
+from itermerge.store import Store, StoreError
 from itermerge.tasks import TaskError
 from itermerge.tracking import TrackingError, WandbTracker
 
-STAGES = {"evaluate": 5, "held_out": 3, "sample": 2, "verify": 2, "fit": 2, "merge": 2, "analyze": 2}  # 2 rounds
+STAGES = {"evaluate": 5, "held_out": 3, "sample": 2, "verify": 2, "fit": 2, "merge": 2, "analyze": 2,
+          "update": 2, "probe": 3, "importance": 1}  # 2 rounds  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +46,10 @@ def test_files_of_a_run(cold: Path) -> None:
     model = {f.name for f in stages.LAB_SEED0.iterdir() if f.suffix in (".json", ".safetensors")}
     model -= {"recipe.json"}  # how the base was pretrained; it would lie about a tuned model
     expected = {"config.yaml", "rounds.jsonl", "summary.json", "timing.json", "DONE"}
-    expected |= {f"rounds/00/{name}" for name in ("scores.json", "held_out.json", "round.json")}
+    always = ("scores.json", "held_out.jsonl", "probe.json", "round.json")
+    expected |= {f"rounds/00/{name}" for name in (*always, "importance.json")}
     for t in ("01", "02"):
-        names = ("samples.jsonl", "examples.jsonl", "scores.json", "held_out.json", "layers.json", "round.json")
+        names = (*always, "samples.jsonl", "examples.jsonl", "layers.json")
         expected |= {f"rounds/{t}/{name}" for name in names} | {f"rounds/{t}/model/{name}" for name in model}
     assert found == expected
 
@@ -84,8 +86,10 @@ def test_jobs_share_what_agrees(cold: Path, tmp_path: Path) -> None:
     run_here(tmp_path / "a", f"store.dir={tmp_path / 'store'}", last, "merge.ratio=0.5", "rounds=1")
     summary = run_here(tmp_path / "b", f"store.dir={tmp_path / 'store'}", last, "merge.ratio=0.25", "rounds=1")
     # the base and the tuned model are evaluated already
-    assert summary["stages"]["reused"] == {"evaluate": 2, "held_out": 1, "sample": 1, "verify": 1, "fit": 1}
-    assert summary["stages"]["computed"] == {"merge": 1, "evaluate": 1, "held_out": 1, "analyze": 1}
+    same = ("held_out", "probe", "sample", "verify", "fit", "importance", "update")
+    assert summary["stages"]["reused"] == {"evaluate": 2} | dict.fromkeys(same, 1)
+    other = ("merge", "evaluate", "held_out", "probe", "analyze")
+    assert summary["stages"]["computed"] == dict.fromkeys(other, 1)
     fewer = run_here(tmp_path / "c", _beside(cold), "rounds=1")
     assert fewer["stages"]["computed"] == {}
     whole = deterministic_set(cold)
@@ -477,6 +481,168 @@ def test_jsonl_needs_no_tracker(tmp_path: Path) -> None:
     assert isinstance(cli.make_tracker(check(compose_config()), tmp_path), tracking.NullTracker)
 
 
+# --- analyses ------------------------------------------------------------------------------------------------------
+
+
+def test_importance_is_measured_once_on_the_bases_own_solutions(cold: Path) -> None:
+    table = json.loads((cold / "rounds" / "00" / "importance.json").read_text())
+    assert (table["source"], table["layers"]) == ("verified", 8)
+    assert list(table["estimators"]) == ["angular", "block_influence", "skip", "taylor"]
+    rows = map(json.loads, (cold / "rounds" / "01" / "samples.jsonl").read_text().splitlines())
+    solved = {(s["id"], s["completion"]) for s in rows if s["verdict"]}
+    assert table["examples"] == len(solved) <= 64
+    rounds = read_rounds(cold)
+    assert not any(k.startswith(("importance/", "mismatch/")) for k in rounds[0])
+    assert not any(k.startswith("importance/") for k in rounds[2])  # said once
+    skip = table["estimators"]["skip"]["layer_03"]
+    assert rounds[1]["importance/skip/layer_03"] == skip["mean"]
+    assert skip["mean"] == pytest.approx(np.mean([v[3] for v in table["values"]["skip"]]))
+    assert skip["low"] <= skip["mean"] <= skip["high"]
+
+
+def test_mismatch_of_each_round_agrees_with_its_files(cold: Path) -> None:
+    from scipy import stats
+
+    table = json.loads((cold / "rounds" / "00" / "importance.json").read_text())
+    rows = [f"layer_{i:02d}" for i in range(8)]
+    for t, line in list(enumerate(read_rounds(cold)))[1:]:
+        layers = json.loads((cold / "rounds" / f"{t:02d}" / "layers.json").read_text())
+        for which, prefix in (("merged", ""), ("pre_merge", "pre_merge/")):
+            change = [layers[which][row]["relative"] for row in rows]
+            for name, figures in table["estimators"].items():
+                mean = [figures[row]["mean"] for row in rows]
+                at = f"{prefix}mismatch/{name}"
+                assert line[f"{at}/spearman"] == pytest.approx(stats.spearmanr(mean, change).statistic)
+                assert line[f"{at}/spearman_low"] <= line[f"{at}/spearman"] <= line[f"{at}/spearman_high"]
+                energy = [layers[which][row]["energy"] for row in rows]
+                top = sorted(range(8), key=lambda i: -mean[i])[:2]
+                assert line[f"{at}/top_share"] == pytest.approx(sum(energy[i] for i in top) / sum(energy))
+                assert line[f"{at}/top_expected"] == 0.25
+    assert line["mismatch/top_k"] == 2
+
+
+def test_updates_of_successive_rounds_are_compared(tmp_path: Path) -> None:
+    """The round's own updates: from the merged model before it to the tuned one, which vanilla's round folders hold."""
+    run_here(tmp_path / "run", "merge=none", "rounds=2", f"store.dir={tmp_path / 'store'}", "suite.pass_k_n=0")
+    models = [read_weights(tmp_path / "run" / "rounds" / f"0{t}" / "model") for t in (1, 2)]
+    models.insert(0, read_weights(stages.LAB_SEED0))
+    name = "model.layers.2."
+    u, v = (
+        torch.cat([(b[n] - a[n]).flatten().bfloat16().double() for n in sorted(a) if n.startswith(name)])
+        for a, b in ((models[0], models[1]), (models[1], models[2]))
+    )
+    first, second = read_rounds(tmp_path / "run")[1:]
+    assert "weights/cosine/layer_02" not in first
+    assert second["weights/cosine/layer_02"] == pytest.approx(float(u @ v / u.norm() / v.norm()), rel=1e-6)
+    both = (u != 0) & (v != 0)
+    agree = float(((u > 0) == (v > 0))[both].double().mean())
+    assert second["weights/sign_agreement/layer_02"] == pytest.approx(agree, rel=1e-9)
+    assert 0 < first["weights/effective_rank/layer_02"] < 1
+    assert "weights/effective_rank/embed" not in first
+
+
+def test_collapse_figures_agree_with_the_samples(cold: Path) -> None:
+    for t, line in enumerate(read_rounds(cold)):
+        rows = [json.loads(row) for row in (cold / "rounds" / f"{t:02d}" / "held_out.jsonl").read_text().splitlines()]
+        assert len(rows) == 4 * 4  # suite.pass_k_n problems, sampler.n samples
+        assert line["sample/pass@1"] == pytest.approx(np.mean([r["verdict"] for r in rows]))
+        assert line["sample/correct"] == pytest.approx(line["sample/pass@1"])
+        assert line["sample/tokens"] == pytest.approx(np.mean([r["tokens"] for r in rows]))
+        texts = {(r["id"], r["completion"]) for r in rows}
+        assert line["diversity/distinct"] == pytest.approx(len(texts) / 16)
+        assert line["gap/memorisation"] == pytest.approx(line["train/acc"] - line["id/acc"])
+        assert 0 < line["diversity/fixed_text_entropy"] < 1
+    rounds = read_rounds(cold)
+    assert rounds[0]["kl/ood"] == pytest.approx(0, abs=1e-9)
+    assert rounds[2]["kl/ood"] > 1e-7
+
+
+def test_importance_on_ood_tasks_on_request(tmp_path: Path) -> None:
+    words = ("analysis.ood=true", "analysis.importance=[block_influence]", "rounds=1", "analysis.examples=6")
+    run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", *words)
+    table = json.loads((tmp_path / "run" / "rounds" / "00" / "importance_ood.json").read_text())
+    assert table["examples"] == 6
+    line = read_rounds(tmp_path / "run")[1]
+    assert {k.split("/")[1] for k in line if k.startswith("mismatch_ood/")} == {"block_influence", "top_k"}
+    assert line["importance_ood/block_influence/layer_00"] == table["estimators"]["block_influence"]["layer_00"]["mean"]
+    assert line["importance_ood/block_influence/layer_00"] != line["importance/block_influence/layer_00"]
+
+
+def test_analyses_can_be_left_out(tmp_path: Path) -> None:
+    off = ("analysis.importance=[]", "analysis.kl_n=0", "analysis.train_n=0", "analysis.effective_rank=false")
+    run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", *off, "suite.pass_k_n=0", "rounds=1")
+    assert not (tmp_path / "run" / "rounds" / "00" / "importance.json").exists()
+    gone = ("importance/", "mismatch/", "kl/", "train/", "diversity/", "sample/", "weights/effective_rank")
+    assert [k for line in read_rounds(tmp_path / "run") for k in line if k.startswith(gone)] == []
+
+
+def test_a_failed_analysis_is_recorded_and_the_loop_goes_on(
+    cold: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from itermerge.analysis.change import AnalysisError
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise AnalysisError("no blocks here")
+
+    monkeypatch.setattr(stages, "importance", fail)
+    monkeypatch.setattr(stages.change, "layer_change", fail)
+    monkeypatch.setattr(stages.diversity, "divergence", fail)
+    summary = run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}")
+    assert summary["analysis_failed"] == dict.fromkeys(
+        ("importance", *(f"round {t}: {what}" for t in (1, 2) for what in ("diversity", "layer change")),
+         "round 0: diversity"),
+        "AnalysisError: no blocks here",
+    )  # fmt: skip
+    assert "importance failed, the run goes on without it: no blocks here" in caplog.text
+    whole = read_rounds(cold)
+    for line, other in zip(read_rounds(tmp_path / "run"), whole, strict=True):
+        gone = ("weights", "importance", "mismatch", "sample", "diversity", "kl", "train", "gap/mem", "merge/anchor")
+        kept = {k: v for k, v in other.items() if not k.removeprefix("pre_merge/").startswith((*gone, "train/"))}
+        assert kept.items() <= line.items()
+        assert {k for k in line if k.startswith("train_sample/")} == {k for k in other if k.startswith("train_sample/")}
+    assert not (tmp_path / "run" / "rounds" / "01" / "layers.json").exists()
+    monkeypatch.undo()
+    mended = run_here(tmp_path / "again", f"store.dir={tmp_path / 'store'}")  # nothing wrong was kept
+    assert mended["analysis_failed"] == {}
+    assert read_rounds(tmp_path / "again") == whole
+
+
+def test_a_full_disk_in_an_analysis_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "importance", full)
+    with pytest.raises(StoreError, match="the disk is full: stage 'importance'"):
+        run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", "rounds=1")
+
+
+def test_a_skipped_round_leaves_a_gap_and_importance_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing verifies in round 1: importance is measured in round 2, on the same base, and no update is compared."""
+    verify = stages.Bench.verify
+
+    def nothing(self: Any, completions: Any, number: int) -> Any:
+        if number != 1:
+            return verify(self, completions, number)
+        monkeypatch.setattr(self.task.__class__, "verify", lambda *_: Verdict("wrong", "0"))
+        made = verify(self, completions, number)
+        monkeypatch.setattr(self.task.__class__, "verify", inner)
+        return made
+
+    from itermerge.tasks import Verdict
+    from itermerge.tasks.lab import LabTask
+
+    inner = LabTask.verify
+    monkeypatch.setattr(stages.Bench, "verify", nothing)
+    run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", "loop.on_empty=skip")
+    first, second = read_rounds(tmp_path / "run")[1:]
+    assert not any(k.startswith(("importance", "weights", "mismatch")) for k in first)
+    assert "importance/skip/layer_00" in second
+    assert "mismatch/skip/spearman" in second
+    assert "weights/cosine/layer_00" not in second
+
+
 # --- whose weights are kept ----------------------------------------------------------------------------------------
 
 
@@ -500,18 +666,21 @@ def test_weights_that_are_not_kept_change_no_result_and_are_made_again_where_nee
     where = (f"store.dir={tmp_path / 'store'}", *how, f"store.keep={keep}")
     run_here(tmp_path / "two", *where, "rounds=2")
     shared = {"fit": 1} if (keep, events) == ("last", "last") else {}  # that of round 1: other ratios have it too
-    assert _weights_in(tmp_path / "store") == (shared | {"merge": 1} if keep == "last" else {})
+    updates = {"update": 1 + len(shared)}  # the last one, and that of round 1 likewise
+    assert _weights_in(tmp_path / "store") == (shared | {"merge": 1} | updates if keep == "last" else {})
     models = [f.parent.parent.name for f in (tmp_path / "two").rglob("model.safetensors")]
     assert models == (["02"] if keep == "last" else [])
 
     summary = run_here(tmp_path / "three", *where, "rounds=3")  # goes on where the other run ended
     assert summary["weights_kept"] == keep
     assert _facts(tmp_path / "three") == _facts(tmp_path / "all")
-    again = {"fit": 2, "merge": 2} if keep == "none" else {}  # rounds 1 and 2, to have round 2's model
+    # rounds 1 and 2, to have round 2's model, and the update that the next one is compared with
+    again = {"fit": 2, "merge": 2, "update": 2} if keep == "none" else {}
     computed = summary["stages"]["computed"]
     assert {stage: computed[stage] - 1 for stage in again} == again
     if keep == "last":
-        assert computed == {"sample": 1, "verify": 1, "fit": 1, "merge": 1, "evaluate": 2, "analyze": 1}
+        once = ("sample", "verify", "fit", "merge", "analyze", "update", "probe")
+        assert computed == {"evaluate": 2} | dict.fromkeys(once, 1)
         models = {name: data for name, data in deterministic_set(tmp_path / "all").items() if "03/model" in name}
         assert {n: d for n, d in deterministic_set(tmp_path / "three").items() if "/model/" in n} == models
 
@@ -534,7 +703,7 @@ def test_weights_that_another_run_keeps_are_not_dropped(tmp_path: Path) -> None:
     where = f"store.dir={tmp_path / 'store'}"
     run_here(tmp_path / "all", where, "store.keep=all")
     before = _weights_in(tmp_path / "store")
-    assert before == {"fit": 2, "merge": 2}
+    assert before == {"fit": 2, "merge": 2, "update": 2}
     run_here(tmp_path / "none", where, "store.keep=none")
     assert _weights_in(tmp_path / "store") == before
 
@@ -567,7 +736,7 @@ def test_a_mean_anchor_and_a_start_from_the_tuned_model_keep_what_they_read(tmp_
     summary = run_here(tmp_path / "last", f"store.dir={tmp_path / 'store'}", *how, "store.keep=last")
     assert summary["stages"]["computed"]["fit"] == summary["stages"]["computed"]["merge"] == 3  # none made twice
     assert _facts(tmp_path / "last") == _facts(tmp_path / "all")
-    assert _weights_in(tmp_path / "store") == {"merge": 1}
+    assert _weights_in(tmp_path / "store") == {"merge": 1, "update": 1}
 
 
 def test_auto_keeps_all_of_a_small_model_and_the_last_of_a_large_one() -> None:

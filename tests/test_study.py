@@ -123,7 +123,13 @@ def _run(
         scores = {k: {"correct": [int(i < round(N * r)) for i in range(N)]} for k, r in rates.items()}
         (at / "scores.json").write_text(json.dumps(scores))
         # two problems: 2 of 4 samples correct, 3 different, 8 nats over 16 tokens; and 0 of 4, 1 different, 4 over 8
-        (at / "held_out.json").write_text(json.dumps([[4, 2, 3, 1, 8.0, 16], [4, 0, 1, 0, 4.0, 8]]))
+        held = [("p", "x", True), ("p", "x", True), ("p", "y", False), ("p", "z", False), *[("q", "w", False)] * 4]
+        rows = [
+            {"id": i, "completion": text, "verdict": right, "tokens": size, "entropy": size / 2}
+            for i, text, right in held
+            for size in (4 if i == "p" else 2,)
+        ]
+        (at / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         line = {"round": t, "id/acc": id_[t], "val/id/acc": val[t], "ood/acc": (near[t] + 0.9) / 2}
         line |= {"ood/pair/majority": 0.86, "ood/sort/majority": 0.1}
         lines.append(line | ({"weights/drift": drift[t]} if t else {}))

@@ -17,6 +17,8 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from .analysis import ESTIMATORS
+
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message names the key."""
@@ -159,6 +161,20 @@ class MergeLinear:
 
 
 @dataclass
+class Analysis:
+    """Layer importance on `examples` of the base's own verified solutions, layer change, and what shows collapse."""
+
+    importance: list[str] = MISSING  # estimators; [] for none
+    examples: int = knob(ge=1)
+    batch_size: int = knob(ge=1)  # rows of importance and of the predictions below
+    ood: bool = MISSING  # importance on the OOD tasks as well
+    top_share: float = knob(gt=0, le=1)  # of the layers: the important ones, whose share of the update is told
+    effective_rank: bool = MISSING  # of each round's update
+    kl_n: int = knob(ge=0)  # items of each OOD task for the KL divergence from the base
+    train_n: int = knob(ge=0)  # training problems for memorisation
+
+
+@dataclass
 class Trainer:
     """Lightning's Trainer. gradient_clip_val is a norm, 0 for none."""
 
@@ -182,6 +198,8 @@ class LoggerWandb:
     mode: str = knob(among=("offline", "online", "disabled"))
     group: str | None = None
     dir: str | None = None  # default: the run folder
+    samples: int = knob(ge=0)  # rows a round of the table of samples
+    log_model: bool = MISSING  # the last round's weights as an artifact
 
 
 @dataclass
@@ -270,6 +288,7 @@ class Root:
     sft: Sft = field(default_factory=Sft)
     merge: Any = None
     trainer: Trainer = field(default_factory=Trainer)
+    analysis: Analysis = field(default_factory=Analysis)
     loop: Loop = field(default_factory=Loop)
     logger: Any = None
     store: Any = None
@@ -395,6 +414,11 @@ def _cross_checks(root: Root) -> None:
         every = root.merge.every_n_epochs
         if every != "last" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ConfigError(f"merge.every_n_epochs: must be a whole number from 1, or last; got {every!r}")
+    asked = root.analysis.importance
+    if unknown := [name for name in asked if name not in ESTIMATORS]:
+        raise ConfigError(f"analysis.importance: {unknown[0]!r} is none of {', '.join(ESTIMATORS)}")
+    if len(set(asked)) < len(asked):
+        raise ConfigError(f"analysis.importance: {', '.join(asked)} names one twice")
     gpus = root.sweep.gpus
     if gpus not in (None, "all") and not (
         isinstance(gpus, list) and gpus and all(isinstance(g, int) and not isinstance(g, bool) and g >= 0 for g in gpus)

@@ -17,16 +17,18 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from . import stages, tracking
 from .config import Root, StoreLocal
 from .stages import Anchor, Bench, EmptyRound, Merged, Model
-from .store import Artifact, Store, environment, place
+from .store import Artifact, Store, StoreError, environment, is_disk_full, place
 from .upkeep import check_space
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -57,40 +59,51 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
                     merged=Merged(history[-1], 1.0),
                     scores=bench.evaluate(history[-1], t),
                 )
-                drop_weights(bench, made, history, tuned, done=t == cfg.rounds)
+                drop_weights(bench, made, history, tuned, record.update, done=t == cfg.rounds)
                 continue
+            record.measure_importance(bench, samples)
             examples = unique([*examples, *solutions]) if cfg.sft.data == "accumulate" else solutions
             start = {"merged": history[-1], "base": bench.base, "tuned": tuned}[cfg.sft.start]
             tuned, fitted = bench.fit(start, examples, t, anchor)
             merged = bench.merge(tuned, anchor)
+            layers = record.look_at_layers(bench, t, start, tuned, merged.model, anchor)
+            made += [(t, model) for model in (tuned, merged.model, record.update) if model]
             history.append(merged.model)
             record.write(
                 bench, t, samples=samples, fitted=fitted, tuned=tuned, merged=merged,
                 pre_scores=bench.evaluate(tuned, t) if cfg.suite.pre_merge else None,
-                scores=bench.evaluate(merged.model, t), layers=bench.analyze(tuned, merged.model, anchor),
+                scores=bench.evaluate(merged.model, t), layers=layers,
             )  # fmt: skip
-            made += [(t, tuned), (t, merged.model)]
-            drop_weights(bench, made, history, tuned, done=t == cfg.rounds)
+            drop_weights(bench, made, history, tuned, record.update, done=t == cfg.rounds)
 
     summary = record.summary(bench, time.perf_counter() - started)
     shutil.rmtree(private, ignore_errors=True)
     return summary
 
 
-def drop_weights(bench: Bench, made: list[tuple[int, Model]], history: list[Model], tuned: Model, done: bool) -> None:
-    """store.keep=last or none: drops the weights that no later round reads. Those of the last round stay under `last`,
-    and the fit of round 1 if runs with other ratios share it. What was dropped is computed again where it is needed."""
+def drop_weights(
+    bench: Bench, made: list[tuple[int, Model]], history: list[Model], tuned: Model, update: Model | None, done: bool
+) -> None:
+    """store.keep=last or none: drops the weights that no later round reads. Those of the last round stay under `last`
+    (with its update, which a next round would be compared with), and fit and update of round 1 if runs with other
+    ratios share them. What was dropped is computed again where it is needed."""
     if bench.keep == "all":
         return
-    wanted = [] if done and bench.keep == "none" else [history[-1]]
+    wanted = [] if done and bench.keep == "none" else [history[-1]] + ([update] if update else [])
     if not done:
         wanted += [tuned] if bench.cfg.sft.start == "tuned" else []
         wanted += history if getattr(bench.cfg.merge, "anchor", "base") == "mean" else []
     if bench.keep == "last":
-        wanted += [model for t, model in made[:1] if bench.shared_fit(t)]
+        wanted += [model for t, model in made if model not in history and bench.shared_fit(t)]
     for _, model in made:
         if model.digest not in {bench.base.digest, *(m.digest for m in wanted)}:
             bench.store.drop_weights(model.folder)
+
+
+def solved(samples: Artifact) -> list[dict[str, Any]]:
+    """The different correct samples of a round with the prompts that they answered."""
+    rows = stages.read_lines(samples.folder / "samples.jsonl")
+    return unique([row for row in rows if row["verdict"]])
 
 
 def unique(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -137,6 +150,35 @@ class RunRecord:
         self.cfg, self.folder, self.tracker = cfg, folder, tracker
         self.file = tracking.RoundsFile(folder / "rounds.jsonl")
         self.rounds: list[dict[str, float]] = []
+        self.importance: dict[str, dict[str, Any]] = {}  # by prefix of the metrics
+        self.update: Model | None = None  # that of the last round
+        self.failed: dict[str, str] = {}
+
+    def attempt(self, what: str, make: Callable[[], T]) -> T | None:
+        """make(), or None when it failed: an analysis is worth no run. The reason is logged, and stands in
+        summary.json under `analysis_failed`."""
+        try:
+            return make()
+        except Exception as error:
+            if isinstance(error, StoreError) or is_disk_full(error):
+                raise
+            self.failed[what] = f"{type(error).__name__}: {error}"
+            log.warning("%s failed, the run goes on without it: %s", what, error, exc_info=True)
+            return None
+
+    def measure_importance(self, bench: Bench, samples: Artifact) -> None:
+        """Importance of the base's layers, once a chain: on its own solutions of the first round that has some."""
+        spec = self.cfg.analysis
+        wanted = {"importance": lambda: solved(samples)} if spec.importance else {}
+        if spec.importance and spec.ood:
+            wanted["importance_ood"] = lambda: list(stages.read_lines(bench.solutions_ood().folder / "examples.jsonl"))
+        for name, solutions in wanted.items():
+            if name in self.importance:
+                continue
+            made = self.attempt(name, lambda name=name, of=solutions: bench.importance(of(), name))
+            self.importance[name] = json.loads((made.folder / f"{name}.json").read_text()) if made else {}
+            if made:
+                place(made.folder / f"{name}.json", self.folder / "rounds" / "00" / f"{name}.json")
 
     def write(
         self, bench: Bench, number: int, *, scores: Artifact, merged: Merged, samples: Artifact | None = None,
@@ -146,8 +188,9 @@ class RunRecord:
         """Puts a round's artifacts and figures in place and tells the tracker."""
         metrics = bench.figures(scores)
         held_out = bench.held_out_samples(merged.model, number) if self.cfg.suite.pass_k_n else None
-        if held_out:
-            metrics |= stages.held_out_metrics(held_out)
+        probed = self.attempt(f"round {number}: diversity", partial(bench.probe, merged.model, number, held_out))
+        if probed:
+            metrics |= stages.probe_metrics(probed, metrics["id/acc"])
         if pre_scores:
             metrics |= {f"pre_merge/{name}": value for name, value in bench.figures(pre_scores).items()}
         if samples:
@@ -161,7 +204,10 @@ class RunRecord:
             metrics |= {
                 "weights/drift": layers.facts["drift"], "merge/anchor_distance": layers.facts["anchor_distance"]
             }  # fmt: skip
-            metrics |= stages.layer_metrics(json.loads((layers.folder / "layers.json").read_text()))
+            changed = json.loads((layers.folder / "layers.json").read_text())
+            metrics |= stages.layer_metrics(changed)
+            for name, table in self.importance.items():
+                metrics |= self.mismatch(number, name, table, changed)
         if self.rounds:
             first = self.rounds[0]
             metrics["gap/superficiality"] = (metrics["id/acc"] - first["id/acc"]) - (
@@ -170,7 +216,7 @@ class RunRecord:
 
         folder = self.folder / "rounds" / f"{number:02d}"
         (folder / "round.json").unlink(missing_ok=True)
-        for artifact in filter(None, (samples, scores, held_out, layers)):
+        for artifact in filter(None, (samples, scores, held_out, probed, layers)):
             for name in artifact.files:
                 place(artifact.folder / name, folder / name)
         if number and (bench.keep == "all" or (bench.keep == "last" and number == self.cfg.rounds)):
@@ -186,6 +232,27 @@ class RunRecord:
         if number:
             tracking.console.print(tracking.round_table(describe(self.cfg), self.rounds))
 
+    def look_at_layers(
+        self, bench: Bench, number: int, start: Model, tuned: Model, merged: Model, anchor: Anchor
+    ) -> Artifact | None:
+        """The analysis of layers, the round's update in it beside that of the round before."""
+        updated = self.attempt(f"round {number}: update", partial(bench.update, start, tuned, self.update))
+        self.update = updated[0] if updated else None
+        if not updated:
+            return None
+        analyze = partial(bench.analyze, tuned, merged, anchor, updated[1])
+        return self.attempt(f"round {number}: layer change", analyze)
+
+    def mismatch(self, number: int, name: str, table: dict[str, Any], layers: dict[str, Any]) -> dict[str, float]:
+        """The figures of importance against change; with those of importance itself in the first round that has any."""
+        if not table:
+            return {}
+        told = any(key.startswith(f"{name}/") for metrics in self.rounds for key in metrics)
+        own = {} if told else stages.importance_metrics(table, name)
+        prefix = name.replace("importance", "mismatch")
+        compare = partial(stages.mismatch_metrics, table, layers, self.cfg.analysis.top_share, prefix)
+        return own | (self.attempt(f"round {number}: {prefix}", compare) or {})
+
     def summary(self, bench: Bench, seconds: float) -> dict[str, Any]:
         """summary.json and timing.json; the summary."""
         best = max(range(len(self.rounds)), key=lambda t: (self.rounds[t]["val/id/acc"], -t))
@@ -196,7 +263,8 @@ class RunRecord:
             },
             "weights_kept": bench.keep, "rounds": len(self.rounds) - 1,
             "final": self.rounds[-1], "base": self.rounds[0],
-            "best_round_by_validation": best, "gap/superficiality": self.rounds[-1]["gap/superficiality"],
+            "best_round_by_validation": best, "analysis_failed": self.failed,
+            "gap/superficiality": self.rounds[-1]["gap/superficiality"],
             "stages": {
                 "computed": tally.computed, "reused": tally.reused, "seconds_saved": round(tally.seconds_saved, 2)
             },

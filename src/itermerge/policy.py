@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,53 @@ def check_same_tensors(a: Weights, b: Weights, name_a: str, name_b: str) -> None
             f"{name_b} and {name_a} differ in their tensors: missing {missing[:5]}, unexpected {extra[:5]}"
         )
     for name in a:
-        if a[name].shape != b[name].shape:
-            raise PolicyError(f"{name}: {name_b} has shape {tuple(b[name].shape)}, {name_a} {tuple(a[name].shape)}")
+        shapes = [w.shapes[name] if isinstance(w, Checkpoint) else tuple(w[name].shape) for w in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise PolicyError(f"{name}: {name_b} has shape {shapes[1]}, {name_a} {shapes[0]}")
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a Hugging Face folder by name (one safetensors file, or shards), each read when it is asked for,
+    in the file's dtype. Raises PolicyError, naming the file, where one is missing or cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise PolicyError(f"{self.folder} is not a folder")
+        index = self.folder / "model.safetensors.index.json"
+        files = sorted(self.folder.glob("*.safetensors"))
+        if index.is_file():
+            files = [self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        elif (self.folder / WEIGHTS_FILE).is_file():
+            files = [self.folder / WEIGHTS_FILE]
+        if not files:
+            raise PolicyError(
+                f"{self.folder} has no *.safetensors weights. Pickle checkpoints are not loaded; convert them with "
+                "transformers' save_pretrained (safetensors is its default)"
+            )
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._open: dict[str, Any] = {}
+        for file in files:
+            try:
+                opened = safe_open(file, framework="pt")
+            except Exception as error:  # safetensors has an exception of its own, and a missing file another
+                raise PolicyError(f"{file} cannot be read ({error}); is the download or the copy whole?") from error
+            for name in opened.keys():  # noqa: SIM118
+                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                self._open[name] = opened
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._open[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Some rows of a tensor, without reading the others."""
+        return self._open[name].get_slice(name)[begin:end]
 
 
 def digest_weights(weights: Weights) -> str:

@@ -133,10 +133,16 @@ class LanguageModel(pl.LightningModule):
 
 
 def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """Mean cross-entropy (nats) over the labelled tokens.
+    """Mean cross-entropy (nats) over the labelled tokens."""
+    logits, targets = completion_logits(model, batch)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
-    Logits are made for their columns alone, and what all rows begin with is computed once; neither changes the loss or
-    its gradient, rounding apart.
+
+def completion_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (rows, columns, vocabulary) where labelled tokens are predicted, and these tokens (rows, columns).
+
+    Logits are made for their columns alone, and what all rows begin with is computed once; neither changes them or
+    their gradient, rounding apart.
     """
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # a column's logits predict the next one
@@ -155,9 +161,7 @@ def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
         logits = model(**inputs, logits_to_keep=columns - shared).logits
     else:
         logits = model(**inputs).logits[:, columns - shared]
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels[:, columns + 1].flatten(), ignore_index=IGNORED
-    )
+    return logits, labels[:, columns + 1]
 
 
 def shared_columns(model: Any, ids: Tensor, most: int) -> int:

@@ -10,18 +10,24 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
-from . import analysis, evaluation, merging
+from . import evaluation, merging
+from .analysis import change, diversity
+from .analysis.change import AnalysisError
+from .analysis.importance import importance
+from .analysis.mismatch import interval_of_means, mismatch
 from .config import ConfigError, MergeLinear, ModelLab, Root, TaskLab, TaskWords, label
 from .evaluation import Exam
-from .policy import WEIGHTS_FILE, Policy, Weights, digest_weights, read_weights, resolve, write_folder
+from .policy import WEIGHTS_FILE, Checkpoint, Policy, Weights, digest_weights, read_weights, resolve, write_folder
 from .sft import Example, FitSpec, SftError, fit
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
@@ -30,10 +36,13 @@ from .upkeep import keep_of
 
 T = TypeVar("T")
 SAMPLING = ("policy.py", "decoding.py", "evaluation.py", "tasks/__init__.py")
+PROBING = (*SAMPLING, "sft.py", "analysis/diversity.py")
+IMPORTANCE = ("policy.py", "sft.py", "analysis/importance.py", "analysis/change.py")
 FITTING = ("policy.py", "sft.py", "merging.py", "tasks/__init__.py")
 LAB = Path(__file__).parent / "lab"  # the base models in the package, seed0 and on
 LAB_SEED0 = LAB / "seed0"
 NOT_THE_MODEL = (MANIFEST, DROPPED, KEPT, "timing.json")  # beside a model's files in its artifact
+KEPT_NUMBERS = 1 << 26  # of the base's log-probabilities, which wait on the CPU for `kl/ood`: 256 MiB
 VALIDATION_SEED = "validation"  # validation problems are the same in every run of a suite.seed
 
 
@@ -166,6 +175,7 @@ class Bench:
         self.loaded = self.base.digest
         self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
         self.keep = store.keep = keep_of(cfg, self.size)
+        self._base_logs: list[list[torch.Tensor]] | None = None
         self._check_lengths(first)
 
     def _check_lengths(self, first: Sequence[Problem]) -> None:
@@ -348,8 +358,8 @@ class Bench:
         return self.store.stage("evaluate", inputs, compute, modules=self.sampling)
 
     def held_out_samples(self, model: Model, number: int) -> Artifact:
-        """held_out.json: (samples, correct, distinct, distinct correct, nats of entropy, tokens) for each of the first
-        `suite.pass_k_n` validation problems, with the same random numbers every round."""
+        """held_out.jsonl: samples with verdicts for each of the first `suite.pass_k_n` validation problems, with the
+        same random numbers every round."""
         cfg, problems = self.cfg, self.validation[: self.cfg.suite.pass_k_n]
         how = {**self._decode(), "temperature": cfg.sampler.temperature, "top_p": cfg.sampler.top_p}
         seed = derive_seed(cfg.suite.seed, "held_out")
@@ -362,43 +372,163 @@ class Bench:
                 made = evaluation.sample(policy, self.task, problems, cfg.sampler.n, seed, on_progress=tick, **how)
             rows = []
             for p, cs in zip(problems, made, strict=True):
-                right = [c.text for c in cs if self.task.verify(p, c.text, c.finished).correct]
-                spread = round(sum(c.entropy for c in cs), 6)
-                row = [
-                    len(cs),
-                    len(right),
-                    len({c.text for c in cs}),
-                    len(set(right)),
-                    spread,
-                    sum(c.tokens for c in cs),
-                ]
-                rows.append(row)
-            _write_json(folder / "held_out.json", rows)
+                for i, c in enumerate(cs):
+                    verdict = self.task.verify(p, c.text, c.finished)
+                    rows.append(
+                        {
+                            "id": p.id, "sample": i, "prompt": p.prompt, "completion": c.text,
+                            "answer": verdict.answer, "gold": p.answer, "verdict": verdict.correct,
+                            "reason": verdict.reason, "tokens": c.tokens, "entropy": round(c.entropy, 6),
+                        }
+                    )  # fmt: skip
+            _write_lines(folder / "held_out.jsonl", rows)
             return {}
 
         inputs = {"model": model.digest, "task": task_key(cfg.task), "items": _ids(problems), "n": cfg.sampler.n,
                   "how": how, "seed": seed} | self._dtype()  # fmt: skip
         return self.store.stage("held_out", inputs, compute, modules=self.sampling)
 
-    def analyze(self, tuned: Model, merged: Model, anchor: Anchor) -> Artifact:
-        """layers.json: weight change against the base by layer and kind, before and after the last merge event. Facts:
-        the merged model's relative distance from the base and from the round's anchor."""
+    def probe(self, model: Model, number: int, held_out: Artifact | None) -> Artifact:
+        """probe.json: {figure: (above, below)}, a number a problem, of the held-out samples (`sample_figures`), of the
+        model's predictions of fixed texts (gold solutions of these problems, and of OOD items against the base), and of
+        greedy answers to training problems."""
+        spec, own = self.cfg.analysis, self.validation[: self.cfg.suite.pass_k_n]
+        practised = self.train_problems(max(number, 1))[: spec.train_n]
+        away = [ps for _, ps in self._ood_items(spec.kl_n)]
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            now = self._weights(merged)
-            after = analysis.layer_change(self.base_weights, now)
-            same = tuned.digest == merged.digest
-            before = after if same else analysis.layer_change(self.base_weights, self._weights(tuned))
-            _write_json(folder / "layers.json", {"pre_merge": before, "merged": after})
+            out: dict[str, Any] = {}
+            if held_out:
+                problems: dict[str, list[dict[str, Any]]] = {}
+                for row in read_lines(held_out.folder / "held_out.jsonl"):
+                    problems.setdefault(row["id"], []).append(row)
+                texts = {row["completion"] for rows in problems.values() for row in rows}
+                tokens = {t: self.policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts}
+                out |= diversity.sample_figures(list(problems.values()), tokens)
+            how = (self.policy.pad_id, spec.batch_size)
+            with progress(f"round {number}: predictions", 3) as tick:
+                base = self._base_predictions(away) if spec.kl_n else []
+                policy = self._load(model)
+                if own:
+                    out["diversity/fixed_text_entropy"] = diversity.text_entropy(policy.model, self._golds(own), *how)
+                tick(1)
+                far = [
+                    diversity.divergence(policy.model, then, self._golds(problems)[: len(then)], *how)
+                    for problems, then in zip(away, base, strict=False)
+                ]  # a task at a time: its prompts share their examples
+                if far:
+                    out["kl/ood"] = tuple([x for part in column for x in part] for column in zip(*far, strict=True))
+                tick(1)
+            if practised:
+                with self._sampler(model) as policy:
+                    exam = Exam("train", self.task, practised)
+                    scores = evaluation.greedy_scores(policy, [exam], on_progress=lambda _: None, **self._decode())
+                out["train/acc"] = (scores["train"]["correct"], [1] * len(practised))
+            _write_json(folder / "probe.json", out)
+            return {}
+
+        inputs = {
+            "model": model.digest, "base": self.base.digest, "held_out": held_out.digest if held_out else None,
+            "task": task_key(self.cfg.task), "texts": _ids(own), "ood": [_ids(ps) for ps in away], "train": _ids(practised),
+            "batch_size": spec.batch_size, "how": self._decode(),
+        } | self._dtype()  # fmt: skip
+        return self.store.stage("probe", inputs, compute, modules=(*self.sampling, *PROBING))
+
+    def solutions_ood(self) -> Artifact:
+        """examples.jsonl: up to `analysis.examples` verified solutions by the base of OOD items, tasks in turn."""
+        cfg, spec = self.cfg, self.cfg.analysis
+        items = self._ood_items(spec.examples)
+        seed = derive_seed(cfg.suite.seed, "solutions_ood")
+        how = {**self._decode(), "temperature": cfg.sampler.temperature, "top_p": cfg.sampler.top_p}
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            found: list[list[dict[str, str]]] = []
+            with (
+                progress("importance: solving OOD items", sum(len(ps) for _, ps in items)) as tick,
+                self._sampler(self.base) as policy,
+            ):
+                for task, problems in items:
+                    made = evaluation.sample(policy, task, problems, 1, seed, on_progress=tick, **how)
+                    found.append([
+                        {"id": p.id, "prompt": p.prompt, "completion": c.text}
+                        for p, (c,) in zip(problems, made, strict=True) if task.verify(p, c.text, c.finished).correct
+                    ])  # fmt: skip
+            longest = max(map(len, found), default=0)
+            rows = [rows[at] for at in range(longest) for rows in found if at < len(rows)]
+            _write_lines(folder / "examples.jsonl", rows[: spec.examples])
+            return {}
+
+        tasks = [task_key(t) for t in (*cfg.suite.near, *cfg.suite.far)]
+        inputs = {"model": self.base.digest, "tasks": tasks, "items": [_ids(ps) for _, ps in items], "how": how,
+                  "examples": spec.examples, "seed": seed} | self._dtype()  # fmt: skip
+        return self.store.stage("solutions_ood", inputs, compute, modules=(*self.sampling, "stages.py"))
+
+    def importance(self, solutions: Sequence[Mapping[str, str]], name: str = "importance") -> Artifact:
+        """`name`.json: importance of the base's layers by each estimator, on the first solutions of as many problems as
+        there are (`analysis.examples` in all), with intervals over these examples and each one's own value.
+
+        Raises AnalysisError where there is no solution.
+        """
+        spec = self.cfg.analysis
+        chosen = spread(solutions, spec.examples)
+        if not chosen:
+            raise AnalysisError(f"{name}: the base has no verified solution to measure it on")
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            policy = self._load(self.base)
+            examples = self._examples((e["prompt"], e["completion"]) for e in chosen)
+            total = len(chosen) * ((set(spec.importance) != {"taylor"}) + ("taylor" in spec.importance))
+            with progress("importance of layers", total) as tick:
+                values = importance(
+                    policy.model, examples, spec.importance, pad_id=policy.pad_id, batch_size=spec.batch_size,
+                    on_progress=tick,
+                )  # fmt: skip
+            _write_json(folder / f"{name}.json", importance_table(values, "verified"))
+            return {}
+
+        inputs = {
+            "model": self.base.digest, "examples": _digest_json(chosen), "estimators": list(spec.importance),
+            "batch_size": spec.batch_size, "name": name,
+        }  # fmt: skip
+        return self.store.stage("importance", inputs, compute, modules=IMPORTANCE)
+
+    def update(self, start: Model, tuned: Model, earlier: Model | None) -> tuple[Model, Artifact]:
+        """The round's own update, tuned - start, in bfloat16. Facts, by row: its cosine and sign agreement with the one
+        of the round before, and its effective rank."""
+        ranks, past = self.cfg.analysis.effective_rank, earlier.digest if earlier else None
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            before, after = self._stream(start), self._stream(tuned)
+            update = change.update_of(before, after)
+            other = self._whole(earlier, Checkpoint) if earlier else None
+            save_file(update, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            return {"rows": change.update_figures(before, after, update, other, ranks=ranks)}
+
+        inputs = {"start": start.digest, "tuned": tuned.digest, "earlier": past, "ranks": ranks}
+        stage = partial(self.store.stage, "update", inputs, compute, modules=("analysis/change.py", "policy.py"))
+        made = stage()
+        return Model(made.folder, made.digest, partial(stage, whole=True)), made
+
+    def analyze(self, tuned: Model, merged: Model, anchor: Anchor, update: Artifact) -> Artifact:
+        """layers.json: weight change against the base by layer and kind, before and after the last merge event, and the
+        facts of the round's update. Facts: the merged model's relative distance from the base and from the anchor."""
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            now = self._stream(merged)
+            after = before = change.layer_change(self.base_weights, now)
+            if tuned.digest != merged.digest:
+                before = change.layer_change(self.base_weights, self._stream(tuned))
+            _write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": update.facts["rows"]})
             return {
-                "drift": analysis.relative_distance(self.base_weights, now),
-                "anchor_distance": analysis.relative_distance(anchor.weights(), now),
+                "drift": change.relative_distance(self.base_weights, now),
+                "anchor_distance": change.relative_distance(anchor.weights(), now),
             }
 
         inputs = {
             "base": self.base.digest, "tuned": tuned.digest, "merged": merged.digest, "anchor": anchor.digest,
+            "update": update.digest,
         }  # fmt: skip
-        return self.store.stage("analyze", inputs, compute, modules=("analysis.py", "policy.py"))
+        return self.store.stage("analyze", inputs, compute, modules=("analysis/change.py", "policy.py", "stages.py"))
 
     # --- weights on disk --------------------------------------------------------------------------------------------
 
@@ -447,6 +577,35 @@ class Bench:
                 if model.restore is None:
                     raise
         raise FileNotFoundError(f"{model.folder}: other runs keep dropping its weights; use store.keep=all")
+
+    def _stream(self, model: Model) -> Weights:
+        return self.base_weights if model.digest == self.base.digest else self._whole(model, Checkpoint)
+
+    def _examples(self, texts: Iterable[tuple[str, str]]) -> list[Example]:
+        encode, close = self.policy.encode_prompt, self.policy.encode_completion
+        return [Example(encode(prompt), close(completion)) for prompt, completion in texts]
+
+    def _ood_items(self, n: int) -> list[tuple[Task, Sequence[Problem]]]:
+        """The first `n` test items of each OOD task."""
+        return [(e.task, e.problems[:n]) for e in self.exams if e.label in (*self.near, *self.far)]
+
+    def _golds(self, problems: Sequence[Problem]) -> list[Example]:
+        return self._examples((p.prompt, p.gold) for p in problems)
+
+    def _base_predictions(self, tasks: Sequence[Sequence[Problem]]) -> list[list[torch.Tensor]]:
+        """The base's log-probabilities for the gold solutions of OOD items, of each task as many as fit in its share of
+        the memory for them."""
+        if self._base_logs is None:
+            policy, made = self._load(self.base), []
+            room = KEPT_NUMBERS // policy.model.config.get_text_config().vocab_size // len(tasks)
+            for problems in tasks:
+                texts = self._golds(problems)
+                fit = max(1, int((np.cumsum([len(t.completion) for t in texts]) <= room).sum()))
+                made.append(
+                    diversity.keep_predictions(policy.model, texts[:fit], policy.pad_id, self.cfg.analysis.batch_size)
+                )
+            self._base_logs = made
+        return self._base_logs
 
     def _load(self, model: Model) -> Policy:
         if self.loaded != model.digest:
@@ -525,29 +684,69 @@ def _passes(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
     return {str(k): sum(evaluation.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
 
 
-def held_out_metrics(artifact: Artifact) -> dict[str, float]:
-    """sample/pass@k, the shares of different solutions among all and among the correct ones, and the mean entropy of a
-    token, each with _low and _high (95%, problems resampled)."""
-    rows: list[list[float]] = json.loads((artifact.folder / "held_out.json").read_text())
-    samples, right, distinct, distinct_right, entropy, tokens = zip(*rows, strict=True)
-    ks = [k for k in (2**i for i in range(12)) if k <= min(samples)]
-    ratios: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-        **{
-            f"sample/pass@{k}": (
-                [evaluation.pass_at_k(int(n), int(c), k) for n, c in zip(samples, right, strict=True)],
-                [1.0] * len(rows),
-            )
-            for k in ks
-        },
-        "diversity/distinct": (distinct, samples),
-        "diversity/distinct_correct": (distinct_right, right),
-        "diversity/token_entropy": (entropy, tokens),
-    }
+def probe_metrics(artifact: Artifact, held_out: float) -> dict[str, float]:
+    """sample/*, diversity/*, kl/ood and train/acc, each with _low and _high (95%, problems resampled), and
+    gap/memorisation: accuracy on training problems minus `held_out`, that on others of the same task."""
+    ratios: dict[str, tuple[list[float], list[float]]] = json.loads((artifact.folder / "probe.json").read_text())
     out = {}
     for name, (above, below) in ratios.items():
         if sum(below):
             value, low, high = evaluation.ratio_interval(above, below)
+            if name == "train/acc":
+                low, high = evaluation.wilson(int(sum(above)), len(above))
+                out["gap/memorisation"] = value - held_out
             out.update({name: value, f"{name}_low": low, f"{name}_high": high})
+    return out
+
+
+def spread(solutions: Sequence[Mapping[str, str]], n: int) -> list[dict[str, str]]:
+    """`n` solutions: the first one of each problem, then the second ones, and so on; prompt and completion alone."""
+    turns: dict[int, list[Mapping[str, str]]] = {}
+    seen: dict[str, int] = {}
+    for solution in solutions:
+        turns.setdefault(seen.get(solution["id"], 0), []).append(solution)
+        seen[solution["id"]] = seen.get(solution["id"], 0) + 1
+    return [{"prompt": s["prompt"], "completion": s["completion"]} for turn in turns.values() for s in turn][:n]
+
+
+def importance_table(values: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
+    """What importance.json holds: source (whose solutions), examples, layers, estimators ({name: {layer_00: {mean, low,
+    high}}}) and each example's values."""
+    rounded = {name: np.array([[float(f"{x:.8g}") for x in row] for row in v]) for name, v in values.items()}
+    first = next(iter(rounded.values()))
+    return {
+        "source": source, "examples": first.shape[0], "layers": first.shape[1],
+        "estimators": {
+            name: {
+                f"layer_{i:02d}": {"mean": float(m), "low": float(low), "high": float(high)}
+                for i, (m, low, high) in enumerate(zip(*interval_of_means(v), strict=True))
+            }
+            for name, v in rounded.items()
+        },
+        "values": {name: v.tolist() for name, v in rounded.items()},
+    }  # fmt: skip
+
+
+def importance_metrics(table: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """<prefix>/<estimator>/layer_00, with _low and _high (95%, examples resampled)."""
+    return {
+        f"{prefix}/{name}/{row}{end}": figures[what]
+        for name, rows in table["estimators"].items()
+        for row, figures in rows.items()
+        for end, what in (("", "mean"), ("_low", "low"), ("_high", "high"))
+    }
+
+
+def mismatch_metrics(
+    table: Mapping[str, Any], layers: Mapping[str, Any], share: float, prefix: str
+) -> dict[str, float]:
+    """<prefix>/<estimator>/spearman and the others of `mismatch`, and their pre_merge/ twins where the merge changed
+    something."""
+    values = {name: np.array(v) for name, v in table["values"].items()}
+    out = {f"{prefix}/{name}": value for name, value in mismatch(values, layers["merged"], share).items()}
+    if layers["pre_merge"] != layers["merged"]:
+        twins = mismatch(values, layers["pre_merge"], share)
+        out |= {f"pre_merge/{prefix}/{name}": value for name, value in twins.items()}
     return out
 
 
@@ -565,11 +764,14 @@ def practice_metrics(facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def layer_metrics(layers: Mapping[str, Any]) -> dict[str, float]:
-    """weights/change/<row> and its pre_merge/ twin."""
+    """weights/change/<row> and its pre_merge/ twin; weights/cosine/<row>, weights/sign_agreement/<row> and
+    weights/effective_rank/<row> of the round's own update, where they are defined."""
     out = {}
     for prefix, which in (("", "merged"), ("pre_merge/", "pre_merge")):
-        for row, change in layers[which].items():
-            out[f"{prefix}weights/change/{row}"] = change["relative"]
+        for row, figures in layers[which].items():
+            out[f"{prefix}weights/change/{row}"] = figures["relative"]
+    for row, figures in layers["update"].items():
+        out |= {f"weights/{name}/{row}": value for name, value in figures.items() if value is not None}
     return out
 
 

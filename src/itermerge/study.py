@@ -118,8 +118,8 @@ class Chain:
             at = folder / "rounds" / f"{number:02d}"
             scores = json.loads((at / "scores.json").read_text())
             correct.append({label: np.array(score["correct"], float) for label, score in scores.items()})
-            had = at / "held_out.json"
-            sampled.append(_sampled(json.loads(had.read_text())) if had.is_file() else {})
+            had = at / "held_out.jsonl"
+            sampled.append(_sampled(_counts(had)) if had.is_file() else {})
         return cls(config, [_figures(line) for line in rounds], correct, sampled)
 
     def line(self) -> str:
@@ -141,6 +141,22 @@ def _figures(line: Mapping[str, float]) -> dict[str, float]:
     """The figures that the tables use, without intervals."""
     keep = ("id/acc", "val/id/acc", "ood/", "sample/pass@", "diversity/", "weights/drift", "gap/", "train_sample/")
     return {k: round(v, 6) for k, v in line.items() if k.startswith(keep) and not k.endswith(("_low", "_high"))}
+
+
+def _counts(file: Path) -> list[list[float]]:
+    """For each problem of held_out.jsonl: samples, correct, different and different correct ones, nats, tokens."""
+    problems: dict[str, list[dict[str, Any]]] = {}
+    for line in file.read_text().splitlines():
+        row = json.loads(line)
+        problems.setdefault(row["id"], []).append(row)
+    return [
+        [
+            len(rows), sum(r["verdict"] for r in rows), len({r["completion"] for r in rows}),
+            len({r["completion"] for r in rows if r["verdict"]}), sum(r["entropy"] for r in rows),
+            sum(r["tokens"] for r in rows),
+        ]
+        for rows in problems.values()
+    ]  # fmt: skip
 
 
 def _sampled(rows: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:

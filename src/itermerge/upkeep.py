@@ -32,7 +32,10 @@ from .store import MANIFEST, RUNS, WEIGHTS, StoreError, examine, is_held, lock_f
 
 KEEP_ALL_UP_TO = 256 * 2**20  # bytes of float32 weights up to which store.keep=auto means all
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
-STAGES = ("sample", "verify", "fit", "merge", "evaluate", "held_out", "analyze")
+STAGES = (
+    "sample", "verify", "fit", "merge", "evaluate", "held_out", "probe", "solutions_ood", "importance", "update",
+    "analyze",
+)  # fmt: skip
 
 
 # --- disk space before a run or a sweep ----------------------------------------------------------------------------
@@ -60,10 +63,12 @@ def need(runs: Sequence[tuple[Root, int]], workers: int = 1) -> tuple[int, int]:
         (cfg, size), lengths = group[0], [c.rounds for c, _ in group]
         copies = 1 if getattr(cfg.merge, "ratio", 1.0) == 1.0 else 2  # at ratio 1 the merged model is the tuned one
         keep = keep_of(cfg, size)
-        store += size * {"all": max(lengths) * copies, "last": len(group) + 1, "none": 0}[keep]
+        # in half models: a round's update is half a model; under `last` fit and update of round 1 stay as well
+        halves = {"all": max(lengths) * (2 * copies + 1), "last": 3 * len(group) + 3, "none": 0}[keep]
+        store += size * halves // 2
         run += size * {"all": sum(lengths), "last": len(group), "none": 0}[keep]
         history = max(lengths) if getattr(cfg.merge, "anchor", "base") == "mean" and keep != "all" else 0
-        in_hand = max(in_hand, (3 + history) * size)  # a round's start, its tuned and its merged model
+        in_hand = max(in_hand, (4 + history) * size)  # a round's start, tuned and merged model, and two updates
     return store + workers * in_hand, run
 
 

@@ -1,0 +1,154 @@
+"""Where a model changed: by layer, by kind of matrix, and for embeddings, final norm and head on rows of their own.
+
+Weights are read tensor by tensor, large ones in pieces, so that both models may be checkpoints larger than memory
+(`policy.Checkpoint`). Sums are in float64.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..policy import Checkpoint, Weights, check_same_tensors
+
+PIECE = 1 << 22  # weights at a time
+
+_KINDS = (
+    ("qkv", r"c_attn|query_key_value|qkv_proj|Wqkv"),
+    ("q", r"q_proj|query"), ("k", r"k_proj|key"), ("v", r"v_proj|value"), 
+    ("o", r"o_proj|self_attn\.dense|attention\.dense|attn\.c_proj|out_proj"),
+    ("gate", r"gate_proj"), ("up", r"up_proj|dense_h_to_4h|mlp\.c_fc|fc1"),
+    ("down", r"down_proj|dense_4h_to_h|mlp\.c_proj|fc2"),
+    ("norms", r"norm|ln_\w+"),
+)  # fmt: skip
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """(row, kind) of a tensor: (`layer_03`, `q`), (`embed`, `embed`), (`head`, `head`), (`norm`, `norm`)."""
+    if found := re.search(r"\.(\d+)\.", f".{name}."):
+        kind = next((k for k, pattern in _KINDS if re.search(pattern, name[found.start() :])), "other")
+        return f"layer_{int(found[1]):02d}", kind
+    if re.search(r"lm_head|embed_out|score", name):
+        return "head", "head"
+    if re.search(r"emb|wte|wpe", name):
+        return "embed", "embed"
+    return "norm", "norm"
+
+
+class AnalysisError(RuntimeError):
+    """An analysis that cannot be made, with what was found and the way out."""
+
+
+def layer_change(base: Weights, now: Weights) -> dict[str, dict]:
+    """{row: {relative, mean_abs, energy, kinds: {kind: {relative, mean_abs}}}}.
+
+    relative = ||now - base||_F / ||base||_F over the row's weights; mean_abs = mean |now - base|; energy = the row's
+    share of the squared change of the whole model. Raises PolicyError where tensors differ in name or shape, and
+    AnalysisError, naming the tensor, where a weight is not finite.
+    """
+    check_same_tensors(base, now, "the base", "the model")
+    sums: dict[str, dict[str, list[float]]] = {}
+    for name in sorted(base):
+        row, kind = place_of(name)
+        at = sums.setdefault(row, {}).setdefault(kind, [0.0, 0.0, 0.0, 0])
+        for a, b in _pieces(name, base, now):
+            d = b - a
+            part = [float(d.square().sum()), float(a.square().sum()), float(d.abs().sum()), a.numel()]
+            if not math.isfinite(part[0] + part[1]):
+                raise AnalysisError(f"{name}: has weights that are not finite, so that no change can be given")
+            at[:] = [x + y for x, y in zip(at, part, strict=True)]
+    total = sum(s[0] for kinds in sums.values() for s in kinds.values())
+
+    def figures(s: Sequence[float]) -> dict[str, float]:
+        return {"relative": math.sqrt(s[0] / s[1]) if s[1] else 0.0, "mean_abs": s[2] / s[3] if s[3] else 0.0}
+
+    out = {}
+    for row in sorted(sums):
+        whole = [sum(column) for column in zip(*sums[row].values(), strict=True)]
+        kinds = {kind: figures(s) for kind, s in sorted(sums[row].items())}
+        out[row] = {**figures(whole), "energy": whole[0] / total if total else 0.0, "kinds": kinds}
+    return out
+
+
+def update_of(start: Weights, tuned: Weights) -> dict[str, Tensor]:
+    """tuned - start by tensor, in bfloat16: half a model, from which `update_figures` of the next round are made."""
+    check_same_tensors(start, tuned, "the start of the fit", "the tuned weights")
+    return {name: (tuned[name].float() - start[name].float()).to("cpu", torch.bfloat16) for name in sorted(start)}
+
+
+def update_figures(
+    start: Weights, tuned: Weights, update: Weights, earlier: Weights | None = None, *, ranks: bool = True
+) -> dict[str, dict[str, float | None]]:
+    """{row: {cosine, sign_agreement, effective_rank}} of a round's own update, `update_of` its start and tuned weights.
+
+    cosine and sign_agreement compare it with that of an earlier round: the cosine over the row's weights, and the share
+    of equal signs among weights that both changed. effective_rank is exp of the entropy of the normalised singular
+    values (Roy and Vetterli, 2007), summed over the row's matrices, as a share of their full rank; embeddings and head
+    have none. What is not defined (an update of zero, no earlier round) is None.
+    """
+    rows: dict[str, list[float]] = {}  # u.v, u.u, v.v, equal signs, both nonzero, rank, full rank
+    for name in sorted(update):
+        row, _ = place_of(name)
+        at = rows.setdefault(row, [0.0] * 7)
+        for pair in _pieces(name, update, earlier) if earlier is not None else ():
+            u, v = (x.flatten() for x in pair)
+            signs = torch.sign(u) * torch.sign(v)
+            part = [float(u @ v), float(u @ u), float(v @ v), int((signs > 0).sum()), int(signs.count_nonzero())]
+            at[:5] = [x + y for x, y in zip(at, part, strict=False)]
+        if ranks and row.startswith("layer_") and len(shape_of(start, name)) > 1:
+            exact = tuned[name].to("cpu", torch.float64) - start[name].to("cpu", torch.float64)
+            for matrix in exact.reshape(-1, *exact.shape[-2:]):
+                rank = effective_rank(matrix)
+                if rank is not None:
+                    at[5], at[6] = at[5] + rank, at[6] + min(matrix.shape)
+    return {
+        row: {
+            "cosine": uv / math.sqrt(uu * vv) if uu and vv else None,
+            "sign_agreement": equal / both if both else None,
+            "effective_rank": rank / full if full else None,
+        }
+        for row, (uv, uu, vv, equal, both, rank, full) in sorted(rows.items())
+    }
+
+
+def effective_rank(matrix: Tensor) -> float | None:
+    """exp(-sum p log p), p the singular values of a float64 matrix over their sum; None for a matrix of zeros."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    values = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).sqrt()  # much cheaper than singular values, as good here
+    if not float(values.sum()):
+        return None
+    p = values / values.sum()
+    return float(torch.exp(-torch.special.xlogy(p, p).sum()))
+
+
+def relative_distance(a: Weights, b: Weights) -> float:
+    """||b - a|| / ||a|| over all tensors."""
+    far = near = 0.0
+    for name in sorted(a):
+        for x, y in _pieces(name, a, b):
+            far, near = far + float((y - x).square().sum()), near + float(x.square().sum())
+    return math.sqrt(far / near)
+
+
+def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
+    """A tensor's shape, without reading it from a checkpoint."""
+    return weights.shapes[name] if isinstance(weights, Checkpoint) else tuple(weights[name].shape)
+
+
+def _pieces(name: str, *models: Weights) -> Iterator[tuple[Tensor, ...]]:
+    """The same pieces of one tensor of several models, in float64 on the CPU: some of its rows at a time."""
+    shape = shape_of(models[0], name)
+    rows = max(1, PIECE // max(1, math.prod(shape[1:])))
+    for at in range(0, shape[0], rows) if shape else (None,):
+        yield tuple(
+            (
+                m.rows(name, at, at + rows)
+                if at is not None and isinstance(m, Checkpoint)
+                else m[name][at : at + rows] if at is not None else m[name]
+            ).to("cpu", torch.float64)
+            for m in models
+        )  # fmt: skip
