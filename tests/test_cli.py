@@ -35,10 +35,12 @@ def test_one_command_makes_a_whole_run_folder_with_the_same_bytes(reference: Pat
     names = {f.name for f in folder.iterdir()}
     assert names >= {
         "config.yaml", "provenance.json", "run.log", "timing.json", "rounds.jsonl", "rounds", "summary.json", "figures",
-        "DONE",
+        "report.html", "DONE",
     }  # fmt: skip
     assert not names & {"FAILED", "INTERRUPTED", "wandb", "stages", ".hydra", "lightning_logs", "checkpoints"}
-    assert re.search(r"run folder outputs/\S+, figure outputs/\S+/figures/id_ood\.png", done.stdout)
+    assert re.search(
+        r"run folder outputs/\S+, report outputs/\S+/report\.html, figures outputs/\S+/figures/id_ood\.png", done.stdout
+    )
     assert "merge=linear ratio=0.5" in done.stdout
     provenance = json.loads((folder / "provenance.json").read_text())
     assert provenance["overrides"][: len(SMALL)] == list(SMALL)
@@ -146,7 +148,10 @@ def test_a_sweep_ends_with_its_table_and_figure(sweep: Sweep) -> None:
         line = json.loads((folder / row["job"] / "rounds.jsonl").read_text().splitlines()[int(row["round"])])
         assert float(row["id/acc"]) == pytest.approx(line["id/acc"], abs=1e-4)
     assert (folder / "figures" / "heatmap.png").read_bytes().startswith(b"\x89PNG")
-    assert "sweep folder sweep, figures sweep/figures/id_ood.png, sweep/figures/heatmap.png" in done.stdout
+    said = "sweep folder sweep, report sweep/report.html, figures sweep/figures/id_ood.png, sweep/figures/heatmap.png"
+    assert said in done.stdout
+    assert '<a href="2/report.html">' in (folder / "report.html").read_text()
+    assert (folder / "2" / "report.html").is_file()
     rows = list(csv.DictReader((folder / "jobs.csv").read_text().splitlines()))
     assert [row["job"] for row in rows] == ["0", "2"]
     assert "itermerge.store.journal" not in done.stdout  # stage by stage, in run.log alone

@@ -37,6 +37,8 @@ def itermerge(site: Path, cwd: Path, *words: str) -> str:
 def test_wheel_holds_conf_and_the_lab_model(unpacked: Path) -> None:
     for name in ("conf/config.yaml", "conf/experiment/quickstart.yaml", "lab/seed0/recipe.json", *LAB):
         assert (unpacked / "itermerge" / name).is_file(), name
+    for name in ("page.html.j2", "page.css", "page.js"):
+        assert (unpacked / "itermerge" / "report" / name).is_file(), name
     assert (unpacked / "hydra_plugins" / "itermerge_sweeper.py").is_file()
     assert all((unpacked / "itermerge" / name).stat().st_size <= 4_000_000 for name in LAB)
 

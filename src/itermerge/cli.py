@@ -225,19 +225,32 @@ def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
     (folder / "provenance.json").write_text(json.dumps(made_by, indent=1) + "\n")
     if isinstance(cfg.program, ProgramPretrainLab):
         return _pretrain(cfg, folder)
-    from . import loop, report, tracking
+    from . import loop, tracking
 
     tracker = make_tracker(cfg, folder)
     summary: dict[str, Any] = {}
     made: list[Path] = []
     try:
         summary = loop.run(cfg, folder, tracker)
-        made = report.run(folder)
+        made = _report(folder)
     finally:
         tracker.log_folder(folder, made)
         tracker.finish(summary.get("final", {}), failed=not summary)
-    tracking.console.print(f"run folder {_short(folder)}, report {_short(made[0])}", soft_wrap=True)
+    pictures = ", ".join(_short(p) for p in made[1:])
+    said = f"report {_short(made[0])}, figures {pictures}" if made else "without a report"
+    tracking.console.print(f"run folder {_short(folder)}, {said}", soft_wrap=True)
     return float(summary["final"][cfg.optimized_metric])
+
+
+def _report(folder: Path) -> list[Path]:
+    """The paths of a run's report, the page first; none where it cannot be made: the run itself is whole."""
+    from . import report
+
+    try:
+        return report.run(folder)
+    except Exception:
+        print(f"the report of {_short(folder)} could not be made:\n{traceback.format_exc()}", file=sys.stderr)
+        return []
 
 
 def _quiet(threads: int | None) -> None:
@@ -379,10 +392,12 @@ def end_of_sweep(folder: Path) -> bool:
     marks = {i: sweep.mark_of(folder / str(i)) for i in jobs}
     if "DONE" in marks.values():
         try:
-            table, pictures = report.sweep(folder)
+            table, (page, *pictures) = report.sweep(folder)
             tracking.console.print(table)
             drawn = ", ".join(_short(picture) for picture in pictures)
-            tracking.console.print(f"sweep folder {_short(folder)}, figures {drawn}", soft_wrap=True)
+            tracking.console.print(
+                f"sweep folder {_short(folder)}, report {_short(page)}, figures {drawn}", soft_wrap=True
+            )
         except Exception:  # what failed and how to go on must be said all the same
             print(f"the sweep's table could not be made:\n{traceback.format_exc()}", file=sys.stderr)
     failed = [i for i in jobs if marks[i] == "FAILED"]

@@ -142,23 +142,21 @@ class Search:
         return said
 
     def _pareto(self, best: list[FrozenTrial]) -> None:
-        from matplotlib.figure import Figure
+        from .report import charts
 
         done = self.study.get_trials(states=(self.optuna.trial.TrialState.COMPLETE,))
-        figure = Figure(figsize=(5.2, 4.2), layout="constrained")
-        axis = figure.subplots()
-        front = [[100 * v for v in t.values] for t in best]
-        axis.scatter(*zip(*([100 * v for v in t.values] for t in done), strict=True), color="0.6", s=22, label="trials")
-        axis.plot(*zip(*front, strict=True), "o-", color="C3", markersize=6, label="Pareto front")
-        for trial, (x, y) in zip(best, front, strict=True):
-            axis.annotate(str(trial.number), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-        axis.set_xlabel(f"{self.metrics[0]} (%)")
-        axis.set_ylabel(f"{self.metrics[1]} (%)")
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize=8)
-        path = self.folder / "figures" / "pareto.png"
-        path.parent.mkdir(exist_ok=True)
-        figure.savefig(path, dpi=120, metadata={"Software": None})
+        chosen = {t.number for t in best}
+        colours = {"Pareto front": charts.VERMILLION, "trials": charts.GREY}
+        points = [
+            {"x": 100 * t.values[0], "y": 100 * t.values[1], "name": str(t.number),
+             "series": "Pareto front" if t.number in chosen else "trials"} for t in done
+        ]  # fmt: skip
+        front = [p for p in points if p["series"] == "Pareto front"]
+        x, y = (f"{metric} (%)" for metric in self.metrics)
+        figure = charts.Figure(
+            "pareto", [charts.pareto(points, front, colours, x=x, y=y, labels=len(front) <= 8)], colours, columns=1
+        )
+        charts.write_png(figure, self.folder / "figures" / "pareto.png")
 
 
 def overrides(params: Mapping[str, Any]) -> list[str]:
