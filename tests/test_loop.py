@@ -463,6 +463,7 @@ def test_wandb_gets_tables_charts_and_artifacts_of_the_run_folder(
     cold: Path, tmp_path: Path, wandb_runs: list[tuple[dict[str, Any], FakeRun]]
 ) -> None:
     cfg = check(compose_config(*SMALL, _beside(cold), "logger=wandb", "logger.samples=3", "logger.log_model=true"))
+    cli.claim(tmp_path, cfg)
     cli.start(cfg, tmp_path, [])
     ((_, run),) = wandb_runs
     (row,) = [row for row in run.logged if "tables/layers" in row]  # once: a table logged twice shows once
