@@ -338,6 +338,8 @@ def test_importance_and_change_are_shares_of_their_sums(run_folder: Path) -> Non
         (i, pytest.approx(v), pytest.approx(0.8 * v), pytest.approx(1.2 * v)) for i, v in enumerate([50, 20, 20, 10])
     ]  # fmt: skip
     assert [r["what"] for r in bars] == ["importance: top 2"] * 2 + ["importance: other layers"] * 2
+    taylor = data(specs(run_folder / "report.html")["importance_change-1"], "what")[:4]
+    assert [(r["share"], r["exact"]) for r in taylor] == [(10, 1), (20, 2), (30, 3), (40, 4)]
     lines = {(r["what"], r["layer"]): r["share"] for r in data(drawn, "what") if r["what"].startswith("change")}
     assert lines == {
         **{("change, round 1", i): pytest.approx(25) for i in range(4)},
@@ -456,10 +458,8 @@ def test_any_part_of_a_run_folder_has_a_page(run_folder: Path, left: tuple[str, 
     for path in run_folder.iterdir():
         if path.name not in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    said = text_of(run_folder)
-    assert (
-        "interrupted" if "INTERRUPTED" in left else "finished" if "summary.json" in left else "not finished"
-    ) in said
+    state = "interrupted" if "INTERRUPTED" in left else "finished" if "summary.json" in left else "not finished"
+    assert f'">{state}' in text_of(run_folder)
 
 
 def test_one_layer_and_one_round(tmp_path: Path) -> None:

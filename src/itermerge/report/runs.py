@@ -16,6 +16,7 @@ PANELS = {
     "id/acc": ("in-domain (ID)", charts.ID), "ood/near/acc": ("out-of-domain, near", charts.NEAR),
     "ood/far/acc": ("out-of-domain, far", charts.FAR),
 }  # fmt: skip
+ESTIMATORS = ("skip", "taylor", "block_influence", "angular")  # the order of their panels
 ROWS_SHOWN = 150  # samples a round and set
 LONGEST = 2000  # characters of a completion
 BUDGET = 3_000_000  # bytes of all samples of a page
@@ -240,7 +241,9 @@ def importance_blocks(
 ) -> list[Block]:  # fmt: skip
     """Bars of importance and lines of change by layer, with their mismatch from `line`; a note where there is none."""
     estimators = content.get("estimators")
-    estimators = {k: v for k, v in estimators.items() if isinstance(v, dict)} if isinstance(estimators, dict) else {}
+    estimators = estimators if isinstance(estimators, dict) else {}
+    order = dict.fromkeys([*ESTIMATORS, *estimators])
+    estimators = {k: estimators[k] for k in order if isinstance(estimators.get(k), dict)}
     if not estimators:
         return [
             Note(
@@ -574,7 +577,7 @@ def sample_data(read: Mapping[tuple[int, str], Sequence[Mapping[str, Any]]], mos
                     "text": text[:LONGEST], "length": len(text), "answer": _said(row.get("answer")),
                     "gold": _said(row.get("gold")), "ok": bool(row.get("verdict")), "reason": _said(row.get("reason")),
                     "sample": _said(row.get("sample")), "tokens": number(row, "tokens"),
-                    "entropy": None if (e := number(row, "entropy")) is None else round(e, 3),
+                    "entropy": None if (e := number(row, "entropy")) is None else round(e, 2),
                 }
             )  # fmt: skip
     return {"prompts": list(prompts), "rows": rows, "shown": shown, "longest": LONGEST}
