@@ -195,7 +195,7 @@ def test_each_job_of_a_sweep_has_one_offline_wandb_run_that_can_be_read(sweep: S
     for job in "0123":
         (kept,) = (folder / job / "wandb").glob("offline-run-*")
         (file,) = kept.glob("*.wandb")
-        config, rows, exit_code = {}, [], None
+        config, rows, exit_code, artifacts, summary = {}, [], None, [], {}
         for data in _records(file.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(data)
             kind = record.WhichOneof("record_type")
@@ -205,6 +205,12 @@ def test_each_job_of_a_sweep_has_one_offline_wandb_run_that_can_be_read(sweep: S
             elif kind == "history":
                 items = record.history.item
                 rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items})
+            elif kind == "summary":
+                summary |= {i.key: json.loads(i.value_json) for i in record.summary.update}
+            elif kind == "request" and record.request.WhichOneof("request_type") == "log_artifact":
+                artifacts.append(record.request.log_artifact.artifact.type)
+            elif kind == "artifact":
+                artifacts.append(record.artifact.type)
             elif kind == "exit":
                 exit_code = record.exit.exit_code
         assert config["merge"]["ratio"] == (0.5 if job in "01" else 1.0)
@@ -213,6 +219,14 @@ def test_each_job_of_a_sweep_has_one_offline_wandb_run_that_can_be_read(sweep: S
         assert exit_code == (0 if job in "02" else 1)
         lines = [json.loads(line) for line in (folder / job / "rounds.jsonl").read_text().splitlines()]
         assert [row["id/acc"] for row in rows if "id/acc" in row] == [line["id/acc"] for line in lines]
+        if job in "13":
+            continue
+        assert summary["setting/ratio"] == config["setting"]["ratio"] == config["merge"]["ratio"]
+        assert artifacts == ["report"]
+        (logged,) = [row for row in rows if "tables/layers" in row]
+        table = json.loads((kept / "files" / logged["tables/layers"]["path"]).read_text())
+        change = {tuple(line[:2]): line[table["columns"].index("change")] for line in table["data"]}
+        assert change[len(lines) - 1, "layer_03"] == lines[-1]["weights/change/layer_03"]
 
 
 @pytest.mark.parametrize(

@@ -402,7 +402,9 @@ class FakeRun:
         self.logged: list[dict[str, Any]] = []
         self.axes: dict[str, str | None] = {}
         self.summary: dict[str, Any] = {}
+        self.artifacts: list[Any] = []
         self.exit_code: int | None = None
+        self.id = "abc"
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None:
         self.axes[name] = step_metric
@@ -410,6 +412,10 @@ class FakeRun:
     def log(self, row: dict[str, Any]) -> None:
         assert self.exit_code is None
         self.logged.append(row)
+
+    def log_artifact(self, artifact: Any) -> None:
+        assert self.exit_code is None
+        self.artifacts.append(artifact)
 
     def finish(self, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -446,7 +452,41 @@ def test_wandb_gets_config_and_figures_on_axes_of_our_own(
     curve = [(row["round"], row["sft/epoch"]) for row in run.logged if "sft/epoch_loss" in row]
     assert curve == [(1, 1), (1, 2), (2, 3), (2, 4)]  # two epochs a round, replayed from the store as well
     assert run.summary["id/acc"] == rounds[-1]["id/acc"]
+    assert run.summary["gain/ood/acc"] == rounds[-1]["ood/acc"] - rounds[0]["ood/acc"]
+    assert {k: v for k, v in run.summary.items() if k.startswith("setting/")} == {
+        "setting/ratio": 0.5, "setting/merge": "linear", "setting/lr": 5e-4, "setting/rounds": 2, "setting/seed": 0
+    }  # fmt: skip
     assert run.exit_code == 0
+
+
+def test_wandb_gets_tables_charts_and_artifacts_of_the_run_folder(
+    cold: Path, tmp_path: Path, wandb_runs: list[tuple[dict[str, Any], FakeRun]]
+) -> None:
+    cfg = check(compose_config(*SMALL, _beside(cold), "logger=wandb", "logger.samples=3", "logger.log_model=true"))
+    cli.start(cfg, tmp_path, [])
+    ((_, run),) = wandb_runs
+    (row,) = [row for row in run.logged if "tables/layers" in row]  # once: a table logged twice shows once
+    layers = row["tables/layers"]
+    assert len(layers.data) == 2 * 10  # two rounds; eight layers, embeddings, final norm
+    at = {name: i for i, name in enumerate(layers.columns)}
+    rounds = read_rounds(cold)
+    for line in layers.data:
+        metrics, where = rounds[line[at["round"]]], line[at["row"]]
+        assert line[at["change"]] == metrics[f"weights/change/{where}"]
+        assert line[at["cosine"]] == metrics.get(f"weights/cosine/{where}")
+        assert line[at["importance/skip"]] == rounds[1].get(f"importance/skip/{where}")
+    samples = row["tables/samples"]
+    assert len(samples.data) == 2 * 3 + 3 * 3  # training samples of two rounds, held-out ones of three
+    files = [cold / "rounds" / "02" / "samples.jsonl", cold / "rounds" / "00" / "held_out.jsonl"]
+    first = json.loads(files[0].read_text().splitlines()[0])
+    assert [2, "training", *(first[c] for c in samples.columns[2:])] in samples.data
+    charts = {name for name in row if name.startswith("charts/")}
+    assert charts == {f"charts/{n}" for n in ("change_by_layer", "importance_by_layer", "id_ood", "pareto")}
+    assert {"figures/id_ood", "figures/importance_change"} <= row.keys()
+    kept, weights = run.artifacts
+    assert {"config.yaml", "rounds.jsonl", "summary.json", "report.html"} == set(kept.manifest.entries)
+    assert (weights.type, weights.metadata["round"]) == ("model", 2)
+    assert "model.safetensors" in weights.manifest.entries
 
 
 def test_wandb_is_told_of_a_failure(
@@ -474,7 +514,7 @@ def test_wandb_that_does_not_start_is_said(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(wandb, "init", init)
     settings = {"project": "p", "entity": None, "mode": "online", "group": None, "dir": None}
     with pytest.raises(TrackingError, match=r"W&B did not start \(no API key configured\); logger\.mode=offline"):
-        WandbTracker(settings, tmp_path, "n", "g", {})
+        WandbTracker(settings, tmp_path, "n", "g", {"setting": {}})
 
 
 def test_jsonl_needs_no_tracker(tmp_path: Path) -> None:

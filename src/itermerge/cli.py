@@ -27,7 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from . import sweep, upkeep
-from .config import ConfigError, ProgramPretrainLab, Root, StoreLocal, check, conf_dir, to_dict
+from .config import ConfigError, ProgramPretrainLab, Root, StoreLocal, check, check_analyze, conf_dir, to_dict
 from .store import StoreError, is_disk_full, lock_file
 
 # What `pip install itermerge[...]` brings each of Hydra's launchers, and the module that shows that it is there.
@@ -60,6 +60,41 @@ def main() -> None:
         run()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def analyze_main() -> None:
+    """`itermerge-analyze base=A tuned=B`."""
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="analyze")(_analyze)()
+
+
+def _analyze(composed: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        cfg = check_analyze(composed)
+        if (folder / "layers.json").exists() or (folder / "config.yaml").exists():
+            raise Occupied(f"out: {folder} holds something already, which is never overwritten; give another out")
+        _quiet(cfg.threads)
+        from . import analyze, report, tracking
+
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
+        found, failed = {}, None
+        try:
+            found = analyze.analyze(cfg, folder)
+        except Exception as error:
+            if not (folder / "layers.json").exists():
+                raise
+            failed = error
+        made = report.analysis(folder)
+        analyze.show(found, json.loads((folder / "layers.json").read_text()))
+        tracking.console.print(f"folder {_short(folder)}, report {_short(made[0])}", soft_wrap=True)
+        if failed:
+            raise failed
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if _expected(error):
+            die(str(error))
+        raise
 
 
 class NotStarted(RuntimeError):
@@ -184,37 +219,53 @@ def claim(folder: Path, cfg: Root) -> None:
 
 def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
     """Runs a checked config in its folder."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(cfg.threads))  # before torch starts
     gpu = sweep.take_gpu(cfg.sweep.gpus)
+    _quiet(cfg.threads)
+    made_by = provenance(overrides) | ({"gpu": gpu} if gpu is not None else {})
+    (folder / "provenance.json").write_text(json.dumps(made_by, indent=1) + "\n")
+    if isinstance(cfg.program, ProgramPretrainLab):
+        return _pretrain(cfg, folder)
+    from . import loop, tracking
+
+    tracker = make_tracker(cfg, folder)
+    summary: dict[str, Any] = {}
+    made: list[Path] = []
+    try:
+        summary = loop.run(cfg, folder, tracker)
+        made = _report(folder)
+    finally:
+        tracker.log_folder(folder, made)
+        tracker.finish(summary.get("final", {}), failed=not summary)
+    pictures = ", ".join(_short(p) for p in made[1:])
+    said = f"report {_short(made[0])}, figures {pictures}" if made else "without a report"
+    tracking.console.print(f"run folder {_short(folder)}, {said}", soft_wrap=True)
+    return float(summary["final"][cfg.optimized_metric])
+
+
+def _report(folder: Path) -> list[Path]:
+    """The paths of a run's report, the page first; none where it cannot be made: the run itself is whole."""
+    from . import report
+
+    try:
+        return report.run(folder)
+    except Exception:
+        print(f"the report of {_short(folder)} could not be made:\n{traceback.format_exc()}", file=sys.stderr)
+        return []
+
+
+def _quiet(threads: int | None) -> None:
+    """Sets torch's threads, before it starts, and silences what loads models."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if threads is not None:
+        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    torch.set_num_threads(cfg.threads)
-    made_by = provenance(overrides) | ({"gpu": gpu} if gpu is not None else {})
-    (folder / "provenance.json").write_text(json.dumps(made_by, indent=1) + "\n")
-    if isinstance(cfg.program, ProgramPretrainLab):
-        return _pretrain(cfg, folder)
-    from . import loop, report, tracking
-
-    tracker = make_tracker(cfg, folder)
-    summary: dict[str, Any] = {}
-    try:
-        summary = loop.run(cfg, folder, tracker)
-    finally:
-        tracker.finish(summary.get("final", {}), failed=not summary)
-    try:
-        written = report.run(folder)
-        pictures = ", ".join(_short(p) for p in written[1:])
-        tracking.console.print(
-            f"run folder {_short(folder)}, report {_short(written[0])}, figures {pictures}", soft_wrap=True
-        )
-    except Exception:  # the run itself is whole
-        print(f"the run's report could not be made:\n{traceback.format_exc()}", file=sys.stderr)
-    return float(summary["final"][cfg.optimized_metric])
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def make_tracker(cfg: Root, folder: Path) -> Any:
@@ -223,7 +274,10 @@ def make_tracker(cfg: Root, folder: Path) -> Any:
     if cfg.logger.kind == "jsonl":
         return tracking.NullTracker()
     group = folder.parent.name if folder.parent.name not in ("", "outputs") else "single"
-    return tracking.WandbTracker(vars(cfg.logger), folder, loop.describe(cfg), group, to_dict(cfg))
+    setting = {"ratio": getattr(cfg.merge, "ratio", 1.0), "merge": cfg.merge.kind, "lr": cfg.sft.lr}
+    setting |= {"rounds": cfg.rounds, "seed": cfg.seed}
+    config = to_dict(cfg) | {"setting": setting}
+    return tracking.WandbTracker(vars(cfg.logger), folder, loop.describe(cfg), group, config)
 
 
 def _pretrain(cfg: Root, folder: Path) -> float:

@@ -296,6 +296,33 @@ class Root:
     paths: Paths = field(default_factory=Paths)
 
 
+@dataclass
+class AnalyzeAnalysis:
+    importance: list[str] = MISSING
+    examples: int = knob(ge=1)
+    batch_size: int = knob(ge=1)
+    top_share: float = knob(gt=0, le=1)
+    effective_rank: bool = MISSING
+
+
+@dataclass
+class Analyze:
+    """The config of `itermerge-analyze`: two checkpoints, and whose solutions importance is measured on."""
+
+    base: str = MISSING
+    tuned: str = MISSING
+    out: str = MISSING
+    solutions: str | None = None  # a JSON-lines file of prompt and completion; default: the base's own, of `task`
+    seed: int = knob(ge=0)
+    threads: int | None = field(default=MISSING, metadata={"ge": 1})  # null: all cores
+    accelerator: str = knob(among=("auto", "cpu", "gpu"))
+    trust_remote_code: bool = MISSING
+    task: Any = None
+    sampler: Any = None
+    analysis: AnalyzeAnalysis = field(default_factory=AnalyzeAnalysis)
+    paths: Paths = field(default_factory=Paths)
+
+
 KINDS: Mapping[str, Mapping[str, type]] = {
     "program": {"imm": ProgramImm, "pretrain_lab": ProgramPretrainLab},
     "model": {"lab": ModelLab, "hf": ModelHF},
@@ -316,12 +343,7 @@ def conf_dir() -> Path:
 
 def check(composed: DictConfig) -> Root:
     """`composed` as a Root, every key known, of its type, in its range. Raises ConfigError."""
-    try:
-        plain = OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {_first_line(error)}") from error
-    assert isinstance(plain, dict)
-    raw: dict[str, Any] = {str(k): v for k, v in plain.items() if k != "hydra"}
+    raw = _plain(composed)
     schema = OmegaConf.structured(Root)
     for group, kinds in KINDS.items():
         schema[group] = OmegaConf.structured(_kind(kinds, raw.get(group), group))
@@ -343,7 +365,34 @@ def check(composed: DictConfig) -> Root:
     return root
 
 
-def to_dict(root: Root) -> dict[str, Any]:
+def check_analyze(composed: DictConfig) -> Analyze:
+    """`composed` as the config of `itermerge-analyze`. Raises ConfigError."""
+    raw = _plain(composed)
+    schema = OmegaConf.structured(Analyze)
+    for group in ("task", "sampler"):
+        schema[group] = OmegaConf.structured(_kind(KINDS[group], raw.get(group), group))
+    made: Analyze = _merge(schema, raw, "")
+    _check_estimators(made.analysis.importance)
+    return made
+
+
+def _plain(composed: DictConfig) -> dict[str, Any]:
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {_first_line(error)}") from error
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items() if k != "hydra"}
+
+
+def _check_estimators(asked: list[str]) -> None:
+    if unknown := [name for name in asked if name not in ESTIMATORS]:
+        raise ConfigError(f"analysis.importance: {unknown[0]!r} is none of {', '.join(ESTIMATORS)}")
+    if len(set(asked)) < len(asked):
+        raise ConfigError(f"analysis.importance: {', '.join(asked)} names one twice")
+
+
+def to_dict(root: Root | Analyze) -> dict[str, Any]:
     """The resolved config as plain containers."""
     return dataclasses.asdict(root)
 
@@ -414,11 +463,7 @@ def _cross_checks(root: Root) -> None:
         every = root.merge.every_n_epochs
         if every != "last" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ConfigError(f"merge.every_n_epochs: must be a whole number from 1, or last; got {every!r}")
-    asked = root.analysis.importance
-    if unknown := [name for name in asked if name not in ESTIMATORS]:
-        raise ConfigError(f"analysis.importance: {unknown[0]!r} is none of {', '.join(ESTIMATORS)}")
-    if len(set(asked)) < len(asked):
-        raise ConfigError(f"analysis.importance: {', '.join(asked)} names one twice")
+    _check_estimators(root.analysis.importance)
     gpus = root.sweep.gpus
     if gpus not in (None, "all") and not (
         isinstance(gpus, list) and gpus and all(isinstance(g, int) and not isinstance(g, bool) and g >= 0 for g in gpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -108,13 +109,14 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def resolve(path: str, revision: str | None = None) -> Path:
-    """A local folder: `path` itself where it is one, else the Hugging Face hub's snapshot of that repository."""
+def resolve(path: str, revision: str | None = None, key: str = "model.path") -> Path:
+    """A local folder: `path` itself where it is one, else the Hugging Face hub's snapshot of that repository. `key` is
+    what the user called it."""
     local = Path(path).expanduser()
     if local.is_dir():
         return local.resolve()
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise PolicyError(f"model.path: {path} is neither a folder nor a Hugging Face repository (owner/name)")
+        raise PolicyError(f"{key}: {path} is neither a folder nor a Hugging Face repository (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -124,7 +126,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         raise PolicyError(
-            f"model.path: could not get {path} from the Hugging Face hub ({type(error).__name__}). Check the name and "
+            f"{key}: could not get {path} from the Hugging Face hub ({type(error).__name__}). Check the name and "
             "the network, or give the path of a local folder"
         ) from error
 
@@ -197,6 +199,12 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+    def without(self, name: str) -> Checkpoint:
+        """The same but for one tensor."""
+        other = copy.copy(self)
+        other.shapes = {n: shape for n, shape in self.shapes.items() if n != name}
+        return other
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
         """Some rows of a tensor, without reading the others."""

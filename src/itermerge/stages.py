@@ -429,8 +429,8 @@ class Bench:
 
         inputs = {
             "model": model.digest, "base": self.base.digest, "held_out": held_out.digest if held_out else None,
-            "task": task_key(self.cfg.task), "texts": _ids(own), "ood": [_ids(ps) for ps in away], "train": _ids(practised),
-            "batch_size": spec.batch_size, "how": self._decode(),
+            "task": task_key(self.cfg.task), "texts": _ids(own), "ood": [_ids(ps) for ps in away],
+            "train": _ids(practised), "batch_size": spec.batch_size, "how": self._decode(),
         } | self._dtype()  # fmt: skip
         return self.store.stage("probe", inputs, compute, modules=(*self.sampling, *PROBING))
 

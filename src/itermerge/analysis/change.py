@@ -81,20 +81,21 @@ def update_of(start: Weights, tuned: Weights) -> dict[str, Tensor]:
 
 
 def update_figures(
-    start: Weights, tuned: Weights, update: Weights, earlier: Weights | None = None, *, ranks: bool = True
+    start: Weights, tuned: Weights, update: Weights | None, earlier: Weights | None = None, *, ranks: bool = True
 ) -> dict[str, dict[str, float | None]]:
     """{row: {cosine, sign_agreement, effective_rank}} of a round's own update, `update_of` its start and tuned weights.
 
     cosine and sign_agreement compare it with that of an earlier round: the cosine over the row's weights, and the share
     of equal signs among weights that both changed. effective_rank is exp of the entropy of the normalised singular
     values (Roy and Vetterli, 2007), summed over the row's matrices, as a share of their full rank; embeddings and head
-    have none. What is not defined (an update of zero, no earlier round) is None.
+    have none. What is not defined (an update of zero, no earlier round) is None; without an earlier round `update` is
+    not read.
     """
     rows: dict[str, list[float]] = {}  # u.v, u.u, v.v, equal signs, both nonzero, rank, full rank
-    for name in sorted(update):
+    for name in sorted(start):
         row, _ = place_of(name)
         at = rows.setdefault(row, [0.0] * 7)
-        for pair in _pieces(name, update, earlier) if earlier is not None else ():
+        for pair in _pieces(name, update, earlier) if update is not None and earlier is not None else ():
             u, v = (x.flatten() for x in pair)
             signs = torch.sign(u) * torch.sign(v)
             part = [float(u @ v), float(u @ u), float(v @ v), int((signs > 0).sum()), int(signs.count_nonzero())]
@@ -125,6 +126,27 @@ def effective_rank(matrix: Tensor) -> float | None:
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
 
 
+def comparable(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
+    """Both with the tensors that they share, and notes of what was left out: a head that is its model's embeddings,
+    which one file holds and the other does not. Raises PolicyError, naming tensors, where they differ in anything
+    else."""
+    notes, sides = [], {"base": base, "tuned": tuned}
+    for side, other in (("base", "tuned"), ("tuned", "base")):
+        for name in sorted(sides[side].keys() - sides[other].keys()):
+            if place_of(name)[0] == "head" and _is_tied(sides[side], name):
+                sides[side] = sides[side].without(name)
+                notes.append(
+                    f"{name} of {side} is left out: it is tied to the embeddings, and {other} has no such tensor"
+                )
+    check_same_tensors(sides["base"], sides["tuned"], "base", "tuned")
+    return sides["base"], sides["tuned"], notes
+
+
+def _is_tied(model: Checkpoint, head: str) -> bool:
+    twins = [n for n in model if place_of(n)[0] == "embed" and model.shapes[n] == model.shapes[head]]
+    return any(all(map(torch.equal, _rows(model, head), _rows(model, twin))) for twin in twins)
+
+
 def relative_distance(a: Weights, b: Weights) -> float:
     """||b - a|| / ||a|| over all tensors."""
     far = near = 0.0
@@ -141,14 +163,15 @@ def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
 
 def _pieces(name: str, *models: Weights) -> Iterator[tuple[Tensor, ...]]:
     """The same pieces of one tensor of several models, in float64 on the CPU: some of its rows at a time."""
-    shape = shape_of(models[0], name)
-    rows = max(1, PIECE // max(1, math.prod(shape[1:])))
-    for at in range(0, shape[0], rows) if shape else (None,):
-        yield tuple(
-            (
-                m.rows(name, at, at + rows)
-                if at is not None and isinstance(m, Checkpoint)
-                else m[name][at : at + rows] if at is not None else m[name]
-            ).to("cpu", torch.float64)
-            for m in models
-        )  # fmt: skip
+    return zip(*(_rows(model, name) for model in models), strict=True)
+
+
+def _rows(model: Weights, name: str) -> Iterator[Tensor]:
+    shape = shape_of(model, name)
+    if not shape:
+        yield model[name].to("cpu", torch.float64)
+        return
+    step = max(1, PIECE // max(1, math.prod(shape[1:])))
+    for at in range(0, shape[0], step):
+        part = model.rows(name, at, at + step) if isinstance(model, Checkpoint) else model[name][at : at + step]
+        yield part.to("cpu", torch.float64)

@@ -75,10 +75,10 @@ def kind_of(folder: Path) -> str:
         raise ReportError(f"{folder} is no folder")
     if (folder / "sweep.json").is_file() or any((d / "config.yaml").is_file() for d in job_folders(folder)):
         return "sweep"
-    if (folder / "rounds.jsonl").is_file() or (folder / "config.yaml").is_file():
-        return "run"
     if (folder / "analysis.json").is_file() or (folder / "layers.json").is_file():
         return "analysis"
+    if (folder / "rounds.jsonl").is_file() or (folder / "config.yaml").is_file():
+        return "run"
     raise ReportError(
         f"{folder} is no run (config.yaml, rounds.jsonl), no sweep (sweep.json, or folders 0, 1, ... of jobs) and no "
         "comparison (analysis.json, layers.json)"
