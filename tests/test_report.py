@@ -666,6 +666,7 @@ def write_analysis(folder: Path, importance: bool = True) -> Path:
     if importance:
         shutil.copy(run / "rounds" / "00" / "importance.json", out / "importance.json")
     facts = {k: v for k, v in report.read_rounds(run)[-1].items() if k.startswith("mismatch/")}
+    shutil.copy(run / "config.yaml", out / "config.yaml")
     (out / "analysis.json").write_text(json.dumps(facts | {"base": "A", "tuned": "B", "source": "verified"}))
     return out
 
@@ -693,6 +694,7 @@ def test_the_command_finds_out_what_a_folder_holds(sweep: Path, tmp_path_factory
     said = capsys.readouterr().out
     for folder in (sweep, other / "run", out):
         assert str(folder / "report.html") in said
+    assert "<h1>B against A</h1>" in (out / "report.html").read_text()
     assert not (sweep / "0" / "report.html").exists()
     report.main([str(sweep), "--jobs"])
     assert (sweep / "0" / "report.html").is_file()
