@@ -667,14 +667,18 @@ def write_analysis(folder: Path, importance: bool = True) -> Path:
         shutil.copy(run / "rounds" / "00" / "importance.json", out / "importance.json")
     facts = {k: v for k, v in report.read_rounds(run)[-1].items() if k.startswith("mismatch/")}
     shutil.copy(run / "config.yaml", out / "config.yaml")
-    (out / "analysis.json").write_text(json.dumps(facts | {"base": "A", "tuned": "B", "source": "verified"}))
+    (out / "analysis.json").write_text(
+        json.dumps(facts | {"base": "A", "tuned": "B", "source": "file", "notes": ["head <tied>"]})
+    )
     return out
 
 
 def test_a_comparison_of_two_checkpoints(tmp_path: Path) -> None:
     out = write_analysis(tmp_path)
     assert [p.name for p in report.analysis(out)] == ["report.html", "importance_change.png", "layers.png"]
-    assert "<h1>B against A</h1>" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    for words in ("<h1>B against A</h1>", "importance on solutions from a file", "head &lt;tied&gt;"):
+        assert words in page, words
     drawn = specs(out / "report.html")
     assert drawn["importance_change-0"]["title"]["subtitle"][0] == "ρ = −0.52 [−0.72, −0.32], p = .02"
     lines = [r["share"] for r in data(drawn["importance_change-0"], "what") if r["what"] == "change"]

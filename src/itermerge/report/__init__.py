@@ -77,11 +77,7 @@ def kind_of(folder: Path) -> str:
         return "sweep"
     if (folder / "analysis.json").is_file() or (folder / "layers.json").is_file():
         return "analysis"
-    if (folder / "rounds.jsonl").is_file():
-        return "run"
-    if (folder / "analysis.json").is_file() or (folder / "layers.json").is_file():
-        return "analysis"
-    if (folder / "config.yaml").is_file():
+    if (folder / "rounds.jsonl").is_file() or (folder / "config.yaml").is_file():
         return "run"
     raise ReportError(
         f"{folder} is no run (config.yaml, rounds.jsonl), no sweep (sweep.json, or folders 0, 1, ... of jobs) and no "

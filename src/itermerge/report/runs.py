@@ -270,12 +270,13 @@ def importance_blocks(
     if gone:
         blocks.append(Note(f"no finite figures of {', '.join(gone)}", warn=True))
     examples, source = number(content, "examples"), content.get("source")
-    whose = {"verified": "verified solutions of the base"}.get(str(source), f"{source} solutions")
+    whose = _SOURCES.get(str(source), f"{source} solutions")
     if panels and not heading:
         blocks.append(Note(_HOW_TO_READ + (f" Importance was measured on {examples:.0f} {whose}." if examples else "")))
     return blocks
 
 
+_SOURCES = {"verified": "verified solutions of the base", "file": "solutions from a file"}
 _HOW_TO_READ = (
     "How to read it: where bars are high and the line is low, the update goes into layers that matter little; ρ below "
     "0, and a share of the squared update in the top layers below an even spread, say the same."
@@ -667,10 +668,12 @@ def analysis_page(folder: Path) -> Page:
     else:
         heat.append(Note("no layer figures: layers.json is absent or holds none", warn=True))
     notes = [Note(b, warn=True) for b in run.broken]
+    said = facts.get("notes")
+    notes += [Note(str(n), warn=True) for n in said] if isinstance(said, list) else []
     words = {k: str(v) for k, v in facts.items() if isinstance(v, str)}
     title = f"{words.get('tuned', 'tuned')} against {words.get('base', 'base')}"
     subtitle = "layer change and importance" + (
-        f"; importance on {words['source']} solutions" if "source" in words else ""
+        f"; importance on {_SOURCES.get(words['source'], words['source'] + ' solutions')}" if "source" in words else ""
     )
     sections = [
         Section("importance", "Importance against change", blocks), Section("layers", "Change by layer", heat),
