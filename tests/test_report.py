@@ -338,6 +338,8 @@ def test_importance_and_change_are_shares_of_their_sums(run_folder: Path) -> Non
         (i, pytest.approx(v), pytest.approx(0.8 * v), pytest.approx(1.2 * v)) for i, v in enumerate([50, 20, 20, 10])
     ]  # fmt: skip
     assert [r["what"] for r in bars] == ["importance: top 2"] * 2 + ["importance: other layers"] * 2
+    taylor = data(specs(run_folder / "report.html")["importance_change-1"], "what")[:4]
+    assert [(r["share"], r["exact"]) for r in taylor] == [(10, 1), (20, 2), (30, 3), (40, 4)]
     lines = {(r["what"], r["layer"]): r["share"] for r in data(drawn, "what") if r["what"].startswith("change")}
     assert lines == {
         **{("change, round 1", i): pytest.approx(25) for i in range(4)},
@@ -456,10 +458,8 @@ def test_any_part_of_a_run_folder_has_a_page(run_folder: Path, left: tuple[str, 
     for path in run_folder.iterdir():
         if path.name not in left:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    said = text_of(run_folder)
-    assert (
-        "interrupted" if "INTERRUPTED" in left else "finished" if "summary.json" in left else "not finished"
-    ) in said
+    state = "interrupted" if "INTERRUPTED" in left else "finished" if "summary.json" in left else "not finished"
+    assert f'">{state}' in text_of(run_folder)
 
 
 def test_one_layer_and_one_round(tmp_path: Path) -> None:
@@ -666,14 +666,19 @@ def write_analysis(folder: Path, importance: bool = True) -> Path:
     if importance:
         shutil.copy(run / "rounds" / "00" / "importance.json", out / "importance.json")
     facts = {k: v for k, v in report.read_rounds(run)[-1].items() if k.startswith("mismatch/")}
-    (out / "analysis.json").write_text(json.dumps(facts | {"base": "A", "tuned": "B", "source": "verified"}))
+    shutil.copy(run / "config.yaml", out / "config.yaml")
+    (out / "analysis.json").write_text(
+        json.dumps(facts | {"base": "A", "tuned": "B", "source": "file", "notes": ["head <tied>"]})
+    )
     return out
 
 
 def test_a_comparison_of_two_checkpoints(tmp_path: Path) -> None:
     out = write_analysis(tmp_path)
     assert [p.name for p in report.analysis(out)] == ["report.html", "importance_change.png", "layers.png"]
-    assert "<h1>B against A</h1>" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    for words in ("<h1>B against A</h1>", "importance on solutions from a file", "head &lt;tied&gt;"):
+        assert words in page, words
     drawn = specs(out / "report.html")
     assert drawn["importance_change-0"]["title"]["subtitle"][0] == "ρ = −0.52 [−0.72, −0.32], p = .02"
     lines = [r["share"] for r in data(drawn["importance_change-0"], "what") if r["what"] == "change"]
@@ -693,6 +698,7 @@ def test_the_command_finds_out_what_a_folder_holds(sweep: Path, tmp_path_factory
     said = capsys.readouterr().out
     for folder in (sweep, other / "run", out):
         assert str(folder / "report.html") in said
+    assert "<h1>B against A</h1>" in (out / "report.html").read_text()
     assert not (sweep / "0" / "report.html").exists()
     report.main([str(sweep), "--jobs"])
     assert (sweep / "0" / "report.html").is_file()

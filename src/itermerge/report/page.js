@@ -102,7 +102,7 @@ if (data) {
     head.append(element("b", "", (row.ok ? "✓ " : "✗ ") + row.reason));
     head.append(element("span", "", "round " + row.round + ", " + row.set + (row.sample ? ", sample " + row.sample : "")));
     if (row.tokens !== null) head.append(element("span", "", row.tokens + " tokens"));
-    if (row.entropy !== null) head.append(element("span", "", "entropy " + row.entropy));
+    if (row.entropy !== null) head.append(element("span", "", "entropy " + row.entropy + " nats in all"));
     made.append(head, element("div", "label", "prompt"), element("pre", "", data.prompts[row.prompt]));
     const cut = row.length > data.longest ? " (the first " + data.longest + " of " + row.length + " characters)" : "";
     made.append(element("div", "label", "completion" + cut), element("pre", "", row.text));

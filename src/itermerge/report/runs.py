@@ -16,6 +16,7 @@ PANELS = {
     "id/acc": ("in-domain (ID)", charts.ID), "ood/near/acc": ("out-of-domain, near", charts.NEAR),
     "ood/far/acc": ("out-of-domain, far", charts.FAR),
 }  # fmt: skip
+ESTIMATORS = ("skip", "taylor", "block_influence", "angular")  # the order of their panels
 ROWS_SHOWN = 150  # samples a round and set
 LONGEST = 2000  # characters of a completion
 BUDGET = 3_000_000  # bytes of all samples of a page
@@ -240,7 +241,9 @@ def importance_blocks(
 ) -> list[Block]:  # fmt: skip
     """Bars of importance and lines of change by layer, with their mismatch from `line`; a note where there is none."""
     estimators = content.get("estimators")
-    estimators = {k: v for k, v in estimators.items() if isinstance(v, dict)} if isinstance(estimators, dict) else {}
+    estimators = estimators if isinstance(estimators, dict) else {}
+    order = dict.fromkeys([*ESTIMATORS, *estimators])
+    estimators = {k: estimators[k] for k in order if isinstance(estimators.get(k), dict)}
     if not estimators:
         return [
             Note(
@@ -267,12 +270,13 @@ def importance_blocks(
     if gone:
         blocks.append(Note(f"no finite figures of {', '.join(gone)}", warn=True))
     examples, source = number(content, "examples"), content.get("source")
-    whose = {"verified": "verified solutions of the base"}.get(str(source), f"{source} solutions")
+    whose = _SOURCES.get(str(source), f"{source} solutions")
     if panels and not heading:
         blocks.append(Note(_HOW_TO_READ + (f" Importance was measured on {examples:.0f} {whose}." if examples else "")))
     return blocks
 
 
+_SOURCES = {"verified": "verified solutions of the base", "file": "solutions from a file"}
 _HOW_TO_READ = (
     "How to read it: where bars are high and the line is low, the update goes into layers that matter little; ρ below "
     "0, and a share of the squared update in the top layers below an even spread, say the same."
@@ -574,7 +578,7 @@ def sample_data(read: Mapping[tuple[int, str], Sequence[Mapping[str, Any]]], mos
                     "text": text[:LONGEST], "length": len(text), "answer": _said(row.get("answer")),
                     "gold": _said(row.get("gold")), "ok": bool(row.get("verdict")), "reason": _said(row.get("reason")),
                     "sample": _said(row.get("sample")), "tokens": number(row, "tokens"),
-                    "entropy": None if (e := number(row, "entropy")) is None else round(e, 3),
+                    "entropy": None if (e := number(row, "entropy")) is None else round(e, 2),
                 }
             )  # fmt: skip
     return {"prompts": list(prompts), "rows": rows, "shown": shown, "longest": LONGEST}
@@ -664,10 +668,12 @@ def analysis_page(folder: Path) -> Page:
     else:
         heat.append(Note("no layer figures: layers.json is absent or holds none", warn=True))
     notes = [Note(b, warn=True) for b in run.broken]
+    said = facts.get("notes")
+    notes += [Note(str(n), warn=True) for n in said] if isinstance(said, list) else []
     words = {k: str(v) for k, v in facts.items() if isinstance(v, str)}
     title = f"{words.get('tuned', 'tuned')} against {words.get('base', 'base')}"
     subtitle = "layer change and importance" + (
-        f"; importance on {words['source']} solutions" if "source" in words else ""
+        f"; importance on {_SOURCES.get(words['source'], words['source'] + ' solutions')}" if "source" in words else ""
     )
     sections = [
         Section("importance", "Importance against change", blocks), Section("layers", "Change by layer", heat),

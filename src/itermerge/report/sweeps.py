@@ -30,7 +30,7 @@ from .folders import (
     vanillas,
 )  # fmt: skip
 from .page import Block, Cell, Charts, Note, Page, Section, Table, Tile
-from .runs import CURVES, PANELS
+from .runs import CURVES, ESTIMATORS, PANELS
 
 MANY = 12  # labels that a legend may have
 ROWS = 60  # settings that stand below one another
@@ -431,9 +431,8 @@ def mismatch_blocks(chosen: Sequence[Setting]) -> list[Block]:
     """Spearman's rho and the share of the top layers in the last round by setting, for each estimator."""
     colours = colours_of(chosen)
     last = [j.rounds[-1] for s in chosen for j in s.jobs]
-    names = dict.fromkeys(
-        n.split("/")[1] for line in last for n in line if n.startswith("mismatch/") and n.count("/") == 2
-    )
+    found = [n.split("/")[1] for line in last for n in line if n.startswith("mismatch/") and n.count("/") == 2]
+    names = [e for e in dict.fromkeys([*ESTIMATORS, *found]) if e in found]
     panels = []
     for estimator in names:
         at = f"mismatch/{estimator}"
