@@ -223,8 +223,9 @@ def test_each_job_of_a_sweep_has_one_offline_wandb_run_that_can_be_read(sweep: S
             continue
         assert summary["setting/ratio"] == config["setting"]["ratio"] == config["merge"]["ratio"]
         assert artifacts.count("report") == 1  # beside the tables of the charts
-        (logged,) = [row for row in rows if "tables/layers" in row]
-        table = json.loads((kept / "files" / logged["tables/layers"]["path"]).read_text())
+        (logged,) = [row for row in rows if "tables/layers/path" in row]
+        assert {"charts/pareto_table/path", "charts/id_ood_table/path", "figures/id_ood/path"} <= logged.keys()
+        table = json.loads((kept / "files" / logged["tables/layers/path"]).read_text())
         change = {tuple(line[:2]): line[table["columns"].index("change")] for line in table["data"]}
         assert change[len(lines) - 1, "layer_03"] == lines[-1]["weights/change/layer_03"]
 
