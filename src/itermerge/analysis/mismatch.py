@@ -65,7 +65,7 @@ def top_share(importance: np.ndarray, energy: np.ndarray, k: int) -> np.ndarray:
 
 def interval_of_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over examples (rows) of each layer, and its 95% interval: examples resampled."""
-    low, high = np.percentile(_resampled(values), [2.5, 97.5], axis=0)
+    low, high = np.percentile(resampled_means(values), [2.5, 97.5], axis=0)
     return values.mean(0), low, high
 
 
@@ -82,7 +82,7 @@ def mismatch(values: Mapping[str, np.ndarray], layers: Mapping[str, Any], share:
     k = top_count(len(rows), share)
     out: dict[str, float] = {"top_k": k}
     for name, examples in values.items():
-        mean, drawn = examples.mean(0), _resampled(examples)
+        mean, drawn = examples.mean(0), resampled_means(examples)
         figures = {
             "spearman": (float(spearman(mean, change)), spearman(drawn, change)),
             "top_share": (float(top_share(mean, energy, k)), top_share(drawn, energy, k)),
@@ -98,8 +98,8 @@ def mismatch(values: Mapping[str, np.ndarray], layers: Mapping[str, Any], share:
     return out
 
 
-def _resampled(values: np.ndarray) -> np.ndarray:
-    """Means over examples drawn with replacement: (resamples, layers)."""
+def resampled_means(values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means over examples (rows) drawn with replacement: (resamples, layers)."""
     n = len(values)
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES)
     return counts @ values / n
