@@ -8,12 +8,14 @@ wall time that the store itself took. Exit status 1 unless the counts agree and 
 
 Stages that a sweep of R ratios (m of them other than 1) over 1, ..., T rounds executes, one seed, last event only:
 
-    sample, verify, fit   1 + (T - 1) R      round 1 samples from the base and fits the same examples whatever the ratio
-    merge                 m T                at ratio 1 the merged model is the tuned one
-    evaluate, held_out    1 + R T            the base, and each merged model once
-    analyze               R T
+    sample, verify, fit, update   1 + (T - 1) R   round 1 samples from the base and fits the same examples whatever the
+                                                  ratio
+    merge                         m T             at ratio 1 the merged model is the tuned one
+    evaluate, held_out, probe     1 + R T         the base, and each merged model once
+    analyze                       R T
+    importance                    1               of the base, on its solutions of round 1
 
-which is 110 for R = 6, m = 5, T = 3; apart, the 18 jobs execute 282.
+which is 143 for R = 6, m = 5, T = 3; apart, the 18 jobs execute 390.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ def closed_form(events: str) -> dict[str, int]:
     once = 1 + (T - 1) * r
     fit = once if events == "last" else T * r
     return {
-        "sample": once, "verify": once, "fit": fit, "merge": m * T, "evaluate": 1 + r * T, "held_out": 1 + r * T,
-        "analyze": r * T,
+        "sample": once, "verify": once, "fit": fit, "update": fit, "merge": m * T, "evaluate": 1 + r * T,
+        "held_out": 1 + r * T, "probe": 1 + r * T, "analyze": r * T, "importance": 1,
     }  # fmt: skip
 
 

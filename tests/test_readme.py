@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 
-from itermerge.config import check, conf_dir
+from itermerge.config import check, check_analyze, conf_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -44,6 +44,28 @@ def test_command_composes(words: list[str]) -> None:
         for value in values:
             with initialize_config_dir(str(conf_dir()), version_base="1.3"):
                 check(compose("config", [*others, f"{override.key_or_group}={value}"]))
+
+
+def test_the_analyze_commands_compose() -> None:
+    found = re.findall(r"^    itermerge-analyze (.*?)(?: +#.*)?$", README, re.M)
+    assert len(found) >= 2
+    for words in found:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            check_analyze(compose("analyze", [*shlex.split(words), "out=somewhere"]))
+
+
+def test_every_metric_that_the_readme_names_is_one_of_a_run(tmp_path: Path) -> None:
+    """The table of analyses, against the figures of a real small run."""
+    from conftest import read_rounds, run_here
+
+    run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}")
+    there = {name for line in read_rounds(tmp_path / "run") for name in line}
+    table = README.partition("## See why")[2].partition("### Weights")[0]
+    named = [n for n in re.findall(r"`([\w@<>*/]+/[\w@<>*/]+)`", table) if not n.startswith(("outputs", "setting"))]
+    assert len(named) > 8
+    for name in named:
+        pattern = re.escape(name).replace("<estimator>", "skip").replace("<row>", "layer_03").replace(r"\*", ".*")
+        assert any(re.fullmatch(pattern, n) for n in there), name
 
 
 def test_make_targets_exist() -> None:
