@@ -228,7 +228,7 @@ def heatmap(
     down = alt.Y("y:N", title=y, sort=list(order_y), axis=alt.Axis(grid=False, domain=False))
     shade = alt.Color(
         "value:Q", scale=alt.Scale(scheme=scheme, domain=[low, high], clamp=True),
-        legend=alt.Legend(title=label, gradientLength=110) if legend else None,
+        legend=alt.Legend(title=label, gradientLength=min(110, max(44, 22 * len(order_y)))) if legend else None,
     )  # fmt: skip
     tips = [alt.Tooltip("x:N", title=x), alt.Tooltip("y:N", title=y or " "), alt.Tooltip("said:N", title=label)]
     base = alt.Chart(_data(rows))
