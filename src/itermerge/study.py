@@ -47,7 +47,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from .evaluation import wilson
-from .report import flat
+from .report import charts, flat
 
 RESAMPLES = 2000
 WITHIN = 0.02  # "within 2 points of its best"
@@ -588,68 +588,59 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(study: Study, path: Path) -> None:
     """OOD against ID and OOD against drift, at the last round: a line a ratio over learning rates."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     sides = [g for g in ("OOD near", "OOD far") if g in study.groups]
-    figure = Figure(figsize=(4.6 * len(sides), 7.6), layout="constrained")
-    axes: Any = figure.subplots(2, len(sides), squeeze=False)
     base = {g: 100 * study.value(study.vanilla[0], 0, g).value for g in study.groups}
     settings: dict[str, list[Method]] = {}
     for m in sorted(study.methods, key=lambda m: (-m.ratio, m.lr)):
         settings.setdefault(m.setting, []).append(m)
-    for label, own in settings.items():
-        ratio = own[0].ratio
-        values = {g: [study.value(m, study.rounds, g) for m in own] for g in study.groups}
-        for column, group in enumerate(sides):
-            y = np.array([100 * v.value for v in values[group]])
-            error = np.array([[100 * (v.value - v.low), 100 * (v.high - v.value)] for v in values[group]]).T
-            for row, x in enumerate(
-                ([100 * v.value for v in values["ID"]], [100 * m.mean("weights/drift", study.rounds) for m in own])
-            ):
-                axes[row][column].errorbar(
-                    x, y, error, marker="s" if ratio == 1 else "o", markersize=5, linewidth=1.1, elinewidth=0.5,
-                    color="black" if ratio == 1 else None, label=label, alpha=0.9,
-                )  # fmt: skip
-    for column, group in enumerate(sides):
-        for row, what in enumerate(("ID accuracy (%)", "drift: |theta - base| / |base| (%, log scale)")):
-            axis = axes[row][column]
-            axis.axhline(base[group], color="0.5", linestyle=":", linewidth=1)
-            axis.set(xlabel=what, ylabel=f"{group} accuracy (%)")
-            axis.grid(alpha=0.25)
-        axes[0][column].axvline(base["ID"], color="0.5", linestyle=":", linewidth=1)
-        axes[1][column].set_xscale("log")
-        axes[1][column].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes[1][column].xaxis.set_major_formatter("{x:g}")
-        axes[1][column].xaxis.set_minor_formatter(NullFormatter())
-    axes[0][0].legend(fontsize=8)
-    figure.suptitle(f"round {study.rounds}; a point a learning rate; dotted: base; bars: 95%", fontsize=10)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    colours = charts.categories([label for label, own in settings.items() if own[0].ratio != 1])
+    colours = {label: colours.get(label, charts.GREY) for label in settings}
+    panels = []
+    for what in ("ID", "drift"):
+        for group in sides:
+            rows = []
+            for label, own in settings.items():
+                for at, m in enumerate(own):
+                    y = study.value(m, study.rounds, group)
+                    x = (
+                        study.value(m, study.rounds, "ID").value
+                        if what == "ID"
+                        else m.mean("weights/drift", study.rounds)
+                    )
+                    rows.append(
+                        {
+                            "x": 100 * x, "y": 100 * y.value, "low": 100 * y.low, "high": 100 * y.high,
+                            "series": label, "at": at, "name": m.name,
+                        }
+                    )  # fmt: skip
+            title = "ID accuracy (%)" if what == "ID" else "drift: |theta - base| / |base| (%, log scale)"
+            panels.append(
+                charts.frontier(
+                    rows, colours, x=title, y=f"{group} accuracy (%)", log=what == "drift", base_y=base[group],
+                    base_x=base["ID"] if what == "ID" else None,
+                )
+            )  # fmt: skip
+    caption = f"Round {study.rounds}; a point a learning rate; dotted: the base; bars: 95%."
+    charts.write_png(charts.Figure("frontier", panels, colours, columns=len(sides), caption=caption), path)
 
 
 def draw_collapse(study: Study, path: Path) -> None:
     """Held-out sampling over rounds, vanilla and merged, for the learning rates with the longest chains."""
-    from matplotlib.figure import Figure
-
     methods = study.longest()
     longest = methods[0].last
     first = next(iter(methods[0].chains.values())).sampled[0]
-    figure = Figure(figsize=(3.5 * len(first), 3.3), layout="constrained")
-    axes: Any = figure.subplots(1, len(first), squeeze=False)[0]
-    for m in methods:
-        by_round = [{u: c.sampled[t] for u, c in m.chains.items()} for t in range(longest + 1)]
-        for axis, name in zip(axes, first, strict=True):
-            values = [interval({u: {name: i[name]} for u, i in units.items()}, 500) for units in by_round]
-            (line,) = axis.plot([v.value for v in values], marker="o", markersize=3, label=m.name)
-            axis.fill_between(
-                range(longest + 1), [v.low for v in values], [v.high for v in values], color=line.get_color(),
-                alpha=0.12, linewidth=0,
-            )  # fmt: skip
-            axis.set_title({"entropy": "entropy (nats a token)"}.get(name, name), fontsize=10)
-            axis.set_xlabel("round")
-            axis.grid(alpha=0.25)
-    axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    names = {m.name: charts.GREY for m in methods} | charts.categories([m.name for m in methods if m.ratio != 1])
+    panels = []
+    for name in first:
+        rows = []
+        for m in methods:
+            for t in range(longest + 1):
+                v = interval({u: {name: c.sampled[t][name]} for u, c in m.chains.items()}, 500)
+                rows.append({"x": t, "series": m.name, "value": v.value, "low": v.low, "high": v.high})
+        title = {"entropy": "entropy (nats a token)"}.get(name, name)
+        panels.append(charts.curves(title, rows, names, y=name, form=".3f", legend=True, width=230))
+    caption = "Held-out problems; bands: 95%."
+    charts.write_png(charts.Figure("collapse", panels, names, columns=len(panels), caption=caption), path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -366,6 +366,36 @@ def pareto(
     return alt.layer(*layers).properties(width=430, height=330)
 
 
+def frontier(
+    rows: Rows, colours: Mapping[str, str], *, x: str, y: str, log: bool = False, base_x: float | None = None,
+    base_y: float | None = None,
+) -> Panel:  # fmt: skip
+    """Points that are joined in their order, with intervals in y; the base's values as dotted lines. Rows: {x, y, low,
+    high, series, at, name}."""
+    base = alt.Chart(_data(rows))
+    by = _colour(colours, legend=True)
+    xs = [row["x"] for row in rows if row["x"] > 0 or not log]
+    wide = alt.Scale(type="log", domain=[0.85 * min(xs), 1.15 * max(xs)]) if log else alt.Scale(zero=False)
+    tall = alt.Scale(domain=_room(rows, "y", "low", "high", [] if base_y is None else [base_y]), nice=False, zero=False)
+    across = alt.X("x:Q", title=x, scale=wide, axis=alt.Axis(grid=False, tickCount=5, format="~g"))
+    up = alt.Y("y:Q", title=y, scale=tall)
+    tips = [
+        alt.Tooltip("name:N", title=" "), alt.Tooltip("x:Q", title=x, format=".4g"),
+        alt.Tooltip("y:Q", title=y, format=".1f"),
+    ]  # fmt: skip
+    layers: list[alt.Chart] = []
+    for value, mark in ((base_x, alt.X("x:Q")), (base_y, alt.Y("y:Q"))):
+        if value is not None:
+            dotted = alt.Chart(_data([{"x": value, "y": value}]))
+            layers.append(dotted.mark_rule(strokeDash=[2, 3], strokeWidth=1.4, color=GREY).encode(mark))
+    layers.append(
+        base.mark_rule(opacity=0.6, clip=True).encode(across, alt.Y("low:Q", title=y, scale=tall), by, y2="high")
+    )
+    layers.append(base.mark_line(strokeWidth=1.6).encode(across, up, by, alt.Order("at:Q")))
+    layers.append(base.mark_point(filled=True, size=55, opacity=1).encode(across, up, by, tooltip=tips))
+    return alt.layer(*layers).properties(width=330, height=240)
+
+
 def dots(
     title: str, rows: Rows, colours: Mapping[str, str], *, x: str, form: str = ".2f", rule: float | None = None
 ) -> Panel:
