@@ -17,9 +17,11 @@ from scipy import stats
 from itermerge.analysis import change
 from itermerge.analysis.change import (
     AnalysisError,
+    comparable,
     effective_rank,
     layer_change,
     place_of,
+    ranks_are_cheap,
     relative_distance,
     update_figures,
     update_of,
@@ -111,6 +113,9 @@ def test_relative_distance_by_hand() -> None:
         ("model.layers.0.post_attention_layernorm.weight", ("layer_00", "norms")),
         ("model.norm.weight", ("norm", "norm")),
         ("lm_head.weight", ("head", "head")),
+        ("model.layers.0.mlp.gate_up_proj.weight", ("layer_00", "gate_up")),
+        ("model.layers.0.block_sparse_moe.experts.3.w1.weight", ("layer_00", "gate")),
+        ("model.layers.0.block_sparse_moe.experts.3.w2.weight", ("layer_00", "down")),
         # Qwen2.5 has biases, Qwen3 norms of queries and keys
         ("model.layers.1.self_attn.k_proj.bias", ("layer_01", "k")),
         ("model.layers.1.self_attn.q_norm.weight", ("layer_01", "norms")),
@@ -242,6 +247,44 @@ print((most[0] - before) / 1024)
     assert 0 < float(out.stdout) < 60
 
 
+def test_names_are_checked_without_reading_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = _sharded(tmp_path / "a", BASE), _sharded(tmp_path / "b", BASE)
+    read: list[str] = []
+    inner = Checkpoint.__getitem__
+    monkeypatch.setattr(Checkpoint, "__getitem__", lambda self, name: read.append(name) or inner(self, name))
+    comparable(one, other)
+    assert read == []
+    less, gone = one.without({Q, "nothing"})
+    assert (Q in less, Q in one, len(less), gone) == (False, True, len(one) - 1, [Q])
+    with pytest.raises(KeyError):
+        less[Q]
+
+
+def test_the_hubs_gpt2_and_one_that_was_saved_again_are_comparable(tmp_path: Path) -> None:
+    """Without the prefix `transformer.`, with causal masks beside the weights, and a head that is the embeddings."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"wte.weight": (8, 4), "h.0.attn.c_attn.weight": (4, 12), "h.0.attn.c_attn.bias": (12,)}
+    shapes |= {"ln_f.weight": (4,)}
+    plain = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    hub = plain | {"h.0.attn.bias": torch.ones(1, 1, 9, 9), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    saved = {f"transformer.{name}": w * 1.01 for name, w in plain.items()}
+    saved["lm_head.weight"] = saved["transformer.wte.weight"].clone()
+    base, tuned, notes = comparable(_sharded(tmp_path / "hub", hub), _sharded(tmp_path / "saved", saved))
+    assert [bool(notes[i].startswith(w)) for i, w in enumerate(("2 tensors of base are no weights", "lm_head.weight"))]
+    got = layer_change(base, tuned)
+    assert set(got) == {"embed", "layer_00", "norm"}
+    assert all(row["relative"] == pytest.approx(0.01, rel=1e-5) for row in got.values())
+    with pytest.raises(PolicyError, match="their files name tensors differently"):
+        comparable(_sharded(tmp_path / "c", {"a.weight": torch.ones(1), "b.weight": torch.ones(1)}), base)
+
+
+def test_ranks_of_large_matrices_are_for_a_gpu() -> None:
+    small, large = ({Q: torch.empty(n, 3000)} for n in (2048, 2049))
+    assert ranks_are_cheap(small, "cpu")
+    assert not ranks_are_cheap(large, "cpu")
+    assert ranks_are_cheap(large, "cuda")
+
+
 def test_checkpoints_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="nowhere is not a folder"):
         Checkpoint(tmp_path / "nowhere")
@@ -308,6 +351,11 @@ def test_mismatch_of_one_layer_and_of_no_change_leaves_out_what_is_not_defined()
     names = ("top_k", "skip/top_share", "skip/top_share_low", "skip/top_share_high", "skip/top_expected")
     assert one == dict.fromkeys(names, 1)
     assert mismatch({"skip": np.array([[1.0, 2.0]])}, _layers([0.0, 0.0], [0.0, 0.0]), 0.5) == {"top_k": 1}
+
+
+def test_a_hundred_layers_are_in_order() -> None:
+    layers = {f"layer_{i:02d}": {"relative": float(i), "energy": 1.0} for i in range(104)}
+    assert mismatch({"skip": np.arange(104.0)[None]}, layers, 0.25)["skip/spearman"] == pytest.approx(1)
 
 
 def test_top_share_counts_layers() -> None:

@@ -100,6 +100,21 @@ def test_a_folder_is_never_overwritten(compared: tuple[Path, str]) -> None:
     assert (folder / "layers.json").read_bytes() == before
 
 
+def test_solutions_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(
+        '{"prompt": "a", "completion": "1#1"}\n{"prompt": "%s", "completion": "2"}\n' % ("7" * 999)
+    )
+    done = _analyze(tmp_path, f"base={LAB_SEED0}", f"tuned={LAB_SEED0}", "out=out", "solutions=mine.jsonl")
+    assert done.returncode == 2
+    assert "solutions: number 2 has a prompt of" in done.stderr
+
+
+def test_a_mistake_leaves_the_folder_free(tmp_path: Path) -> None:
+    words = (f"base={LAB_SEED0}", "out=out", "analysis.importance=[]")
+    assert _analyze(tmp_path, *words, "tuned=./nowhere").returncode == 2
+    assert _analyze(tmp_path, *words, f"tuned={LAB_SEED0}").returncode == 0
+
+
 def test_given_solutions_and_gold_ones(tmp_path: Path) -> None:
     """A base that solves nothing is measured on the task's own solutions, which is said; a file's texts come first."""
     nothing = _variant(tmp_path / "nothing", **{"model.norm.weight": 0.0})
@@ -132,6 +147,7 @@ def _drop(name: str) -> Any:
         (lambda _: LAB_SEED0, ("analysis.importance=[skp]",), r"analysis\.importance: 'skp' is none of skip, taylor"),
         (lambda _: LAB_SEED0, ("analysis.exampels=3",), r"exampels"),
         (lambda _: LAB_SEED0, ("solutions=none.jsonl",), r"solutions: there is no file none\.jsonl"),
+        (lambda _: LAB_SEED0, ("analysis.effective_rank=maybe",), r"effective_rank: must be true, false or auto"),
         (lambda _: LAB_SEED0, ("solutions=bad.jsonl",), r"solutions: bad\.jsonl, line 2: expected"),
     ],
 )  # fmt: skip

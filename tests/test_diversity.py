@@ -14,6 +14,7 @@ from conftest import enliven
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from itermerge.analysis.change import AnalysisError
 from itermerge.analysis.diversity import (
     divergence,
     entropy,
@@ -101,6 +102,19 @@ def test_self_bleu_by_hand() -> None:
 def test_entropy_by_hand() -> None:
     assert entropy([1, 1]) == pytest.approx(math.log(2))
     assert [entropy([3]), entropy([]), entropy([0, 2])] == [0, 0, 0]
+
+
+def test_predictions_of_minus_infinity_count_nothing_and_nan_is_said(tiny: Policy) -> None:
+    policy = enliven(tiny)
+    texts = _texts(policy)
+    base = keep_predictions(policy.model, texts, policy.pad_id, 2)
+    policy.model.lm_head.register_forward_hook(lambda _, __, out: out.index_fill(-1, torch.tensor([3]), -math.inf))
+    nats, _ = divergence(policy.model, base, texts, policy.pad_id, 2)
+    assert all(n > 0 and math.isfinite(n) for n in nats)
+    assert all(math.isfinite(n) and n > 0 for n in text_entropy(policy.model, texts, policy.pad_id, 2)[0])
+    policy.model.lm_head.register_forward_hook(lambda _, __, out: out * math.nan)
+    with pytest.raises(AnalysisError, match="predictions are not finite"):
+        divergence(policy.model, base, texts, policy.pad_id, 2)
 
 
 def _texts(policy: Policy) -> list[Example]:

@@ -170,6 +170,19 @@ def test_batches_change_nothing_and_the_model_stays_as_it_was(tiny: Policy) -> N
     policy.model.requires_grad_(True).eval()
 
 
+def test_taylor_holds_one_gradient_at_a_time_and_keeps_those_that_were_there() -> None:
+    model = _model("llama")
+    kept = next(model.parameters())
+    kept.grad = torch.ones_like(kept)
+    most: list[int] = []
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda _: most.append(sum(q.grad is not None for q in model.parameters())))
+    one = importance(model, _examples(1), ("taylor",), pad_id=0)["taylor"]
+    assert max(most) <= 1
+    assert torch.equal(kept.grad, torch.ones_like(kept))
+    assert one == pytest.approx(importance(_model("llama"), _examples(1), ("taylor",), pad_id=0)["taylor"])
+
+
 def test_one_layer_and_one_estimator() -> None:
     got = importance(_model("llama", 1), _examples(9), ("angular",), pad_id=0)
     assert {name: v.shape for name, v in got.items()} == {"angular": (5, 1)}

@@ -16,7 +16,7 @@ import itermerge
 from itermerge import cli, loop, sft, stages, tracking
 from itermerge.config import check
 from itermerge.decoding import complete
-from itermerge.policy import PolicyError, read_weights
+from itermerge.policy import Policy, PolicyError, read_weights
 from itermerge.sft import SftError
 from itermerge.stages import EmptyRound
 from itermerge.store import Store, StoreError
@@ -490,6 +490,30 @@ def test_wandb_gets_tables_charts_and_artifacts_of_the_run_folder(
     assert "model.safetensors" in weights.manifest.entries
 
 
+def test_tables_that_fail_cost_no_run_and_hide_no_error(
+    cold: Path, tmp_path: Path, wandb_runs: list[tuple[dict[str, Any], FakeRun]], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fail(*_: Any) -> Any:
+        raise ValueError("no such column")
+
+    monkeypatch.setattr(tracking, "layer_table", fail)
+    cfg = check(compose_config(*SMALL, _beside(cold), "logger=wandb"))
+    (tmp_path / "whole").mkdir()
+    assert cli.start(cfg, tmp_path / "whole", []) is not None
+    assert "did not reach the logger" in capsys.readouterr().err
+    assert wandb_runs[0][1].exit_code == 0
+
+    def early(*_: Any, **__: Any) -> Any:
+        raise TaskError("the very first stage")
+
+    monkeypatch.setattr(stages.Bench, "evaluate", early)
+    (tmp_path / "early").mkdir()
+    with pytest.raises(TaskError, match="the very first stage"):
+        cli.start(cfg, tmp_path / "early", [])
+    assert wandb_runs[1][1].exit_code == 1
+
+
 def test_wandb_is_told_of_a_failure(
     tiny_folder: Path, tmp_path: Path, wandb_runs: list[tuple[dict[str, Any], FakeRun]]
 ) -> None:
@@ -646,6 +670,79 @@ def test_a_failed_analysis_is_recorded_and_the_loop_goes_on(
     mended = run_here(tmp_path / "again", f"store.dir={tmp_path / 'store'}")  # nothing wrong was kept
     assert mended["analysis_failed"] == {}
     assert read_rounds(tmp_path / "again") == whole
+
+
+def test_ranks_belong_to_the_config_and_not_to_what_the_store_holds(tmp_path: Path) -> None:
+    where = (f"store.dir={tmp_path / 'store'}", "rounds=1", "suite.pass_k_n=0", "analysis.importance=[]")
+    for name, asked in (("on", "true"), ("off", "false"), ("again", "true")):
+        run_here(tmp_path / name, *where, f"analysis.effective_rank={asked}")
+        there = "weights/effective_rank/layer_00" in read_rounds(tmp_path / name)[1]
+        assert there == (asked == "true")
+    alone = f"store.dir={tmp_path / 'other'}"
+    run_here(tmp_path / "alone", alone, *where[1:], "analysis.effective_rank=false")
+    assert deterministic_set(tmp_path / "alone") == deterministic_set(tmp_path / "off")
+
+
+def test_an_update_that_failed_once_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layer change needs no update: it is there all the same, and a later run is as if nothing had happened."""
+    from itermerge.analysis.change import AnalysisError
+
+    how = ("suite.pass_k_n=0", "analysis.importance=[skip]")
+    run_here(tmp_path / "clean", f"store.dir={tmp_path / 'clean_store'}", *how)
+    inner, calls = stages.change.update_figures, []
+
+    def once(*given: Any, **named: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise AnalysisError("out of memory")
+        return inner(*given, **named)
+
+    monkeypatch.setattr(stages.change, "update_figures", once)
+    summary = run_here(tmp_path / "hurt", f"store.dir={tmp_path / 'store'}", *how)
+    assert summary["analysis_failed"] == {"round 1: update": "AnalysisError: out of memory"}
+    first, second = read_rounds(tmp_path / "hurt")[1:]
+    assert {"weights/drift", "weights/change/layer_03", "mismatch/skip/spearman"} <= first.keys()
+    assert "weights/effective_rank/layer_03" not in first
+    assert "weights/cosine/layer_03" not in second  # nothing to compare with
+    assert "weights/effective_rank/layer_03" in second
+    run_here(tmp_path / "after", f"store.dir={tmp_path / 'store'}", *how)
+    assert deterministic_set(tmp_path / "after") == deterministic_set(tmp_path / "clean")
+
+
+@pytest.mark.parametrize(
+    ("stage", "needed"),
+    [
+        ("importance", {"stages.py", "analysis/importance.py", "analysis/mismatch.py", "sft.py"}),
+        ("probe", {"stages.py", "analysis/diversity.py", "evaluation.py", "decoding.py", "sft.py"}),
+        ("update", {"analysis/change.py"}),
+        ("analyze", {"stages.py", "analysis/change.py"}),
+    ],
+)
+def test_keys_hold_the_code_that_makes_an_analysis(
+    stage: str, needed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[str]] = {}
+    inner = Store.stage
+
+    def note(self: Store, name: str, inputs: Any, compute: Any, *, modules: Any, whole: bool = False) -> Any:
+        seen.setdefault(name, set()).update(modules)
+        return inner(self, name, inputs, compute, modules=modules, whole=whole)
+
+    monkeypatch.setattr(Store, "stage", note)
+    run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", "rounds=1", "analysis.importance=[angular]")
+    assert needed <= seen[stage]
+
+
+def test_gold_solutions_that_do_not_fit_are_left_out(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short context: all that needs no gold solution is measured."""
+    monkeypatch.setattr(Policy, "context", 40)
+    words = ("sampler.max_new_tokens=4", "sft.max_length=40", "rounds=1", "loop.on_empty=skip")
+    summary = run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", *words)
+    assert summary["analysis_failed"] == {}
+    base = read_rounds(tmp_path / "run")[0]
+    assert {"sample/pass@1", "diversity/self_bleu", "train/acc"} <= base.keys()
 
 
 def test_a_full_disk_in_an_analysis_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

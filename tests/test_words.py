@@ -129,6 +129,14 @@ def test_verdicts(file: str, answer: str, completion: str, finished: bool, reaso
     assert WordTask(file, "sums").verify(problem, completion, finished).reason == reason
 
 
+def test_one_answer_has_one_spelling(file: str) -> None:
+    """So that votes for it are counted together."""
+    problem = Problem("x", "q", "q", "q", "", "7")
+    texts = ("The answer is 1,000.", "The answer is 1000.0", "the answer is $1000")
+    assert {WordTask(file, "sums").verify(problem, text, True).answer for text in texts} == {"1000"}
+    assert WordTask(file, "sums").verify(problem, "The answer is 0.50", True).answer == "0.5"
+
+
 @given(st.decimals(-(10**9), 10**9, allow_nan=False, places=3), st.text(alphabet="abc =+*/\n.", max_size=30))
 def test_a_gold_number_is_read_back_whatever_stands_before_it(number: Any, noise: str) -> None:
     read = read_answer(f"{noise} The answer is {number}.")

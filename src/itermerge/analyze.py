@@ -37,10 +37,12 @@ def analyze(cfg: Analyze, folder: Path) -> dict[str, Any]:
     base, tuned, notes = change.comparable(Checkpoint(at), Checkpoint(other))
     for note in notes:
         log.warning("%s", note)
-    with progress("layer change", 2 if cfg.analysis.effective_rank else 1) as tick:
+    device, ranks = stages.device_of(cfg.accelerator), cfg.analysis.effective_rank
+    ranks = change.ranks_are_cheap(base, device) if ranks == "auto" else ranks
+    with progress("layer change", 2 if ranks else 1) as tick:
         rows = change.layer_change(base, tuned)
         tick(1)
-        update = change.update_figures(base, tuned, None, ranks=cfg.analysis.effective_rank)
+        update = change.update_figures(base, tuned, None, ranks=ranks, device=device)
         tick(1)
     layers = {"pre_merge": rows, "merged": rows, "update": update}
     _write(folder / "layers.json", layers)
@@ -71,6 +73,12 @@ def _importance(cfg: Analyze, folder: Path, solutions: list[dict[str, str]] | No
         )  # fmt: skip
     chosen = stages.spread(solutions, cfg.analysis.examples)
     examples = [Example(policy.encode_prompt(e["prompt"]), policy.encode_completion(e["completion"])) for e in chosen]
+    for number, example in enumerate(examples, 1):
+        if not example.prompt or len(example.prompt) + len(example.completion) > policy.context:
+            raise ConfigError(
+                f"solutions: number {number} has a prompt of {len(example.prompt)} tokens and a completion of "
+                f"{len(example.completion)}; a prompt needs one at least, and both together fit into {policy.context}"
+            )
     total = len(examples) * ((set(cfg.analysis.importance) != {"taylor"}) + ("taylor" in cfg.analysis.importance))
     with progress("importance of layers", total) as tick:
         values = importance(

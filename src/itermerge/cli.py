@@ -82,6 +82,7 @@ def _analyze(composed: DictConfig) -> None:
             found = analyze.analyze(cfg, folder)
         except Exception as error:
             if not (folder / "layers.json").exists():
+                (folder / "config.yaml").unlink()  # nothing was made: the folder may be used again
                 raise
             failed = error
         made = report.analysis(folder)
@@ -234,8 +235,15 @@ def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
         summary = loop.run(cfg, folder, tracker)
         made = _report(folder)
     finally:
-        tracker.log_folder(folder, made)
-        tracker.finish(summary.get("final", {}), failed=not summary)
+        try:
+            tracker.log_folder(folder, made)
+        except Exception:  # the run is whole, or has an error of its own to tell
+            print(
+                f"tables and charts of {_short(folder)} did not reach the logger:\n{traceback.format_exc()}",
+                file=sys.stderr,
+            )
+        finally:
+            tracker.finish(summary.get("final", {}), failed=not summary)
     pictures = ", ".join(_short(p) for p in made[1:])
     said = f"report {_short(made[0])}, figures {pictures}" if made else "without a report"
     tracking.console.print(f"run folder {_short(folder)}, {said}", soft_wrap=True)

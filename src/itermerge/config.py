@@ -169,7 +169,7 @@ class Analysis:
     batch_size: int = knob(ge=1)  # rows of importance and of the predictions below
     ood: bool = MISSING  # importance on the OOD tasks as well
     top_share: float = knob(gt=0, le=1)  # of the layers: the important ones, whose share of the update is told
-    effective_rank: bool = MISSING  # of each round's update
+    effective_rank: Any = MISSING  # of each round's update: true, false, or auto (where it is cheap)
     kl_n: int = knob(ge=0)  # items of each OOD task for the KL divergence from the base
     train_n: int = knob(ge=0)  # training problems for memorisation
 
@@ -302,7 +302,7 @@ class AnalyzeAnalysis:
     examples: int = knob(ge=1)
     batch_size: int = knob(ge=1)
     top_share: float = knob(gt=0, le=1)
-    effective_rank: bool = MISSING
+    effective_rank: Any = MISSING
 
 
 @dataclass
@@ -372,7 +372,7 @@ def check_analyze(composed: DictConfig) -> Analyze:
     for group in ("task", "sampler"):
         schema[group] = OmegaConf.structured(_kind(KINDS[group], raw.get(group), group))
     made: Analyze = _merge(schema, raw, "")
-    _check_estimators(made.analysis.importance)
+    _check_analysis(made.analysis)
     return made
 
 
@@ -385,11 +385,15 @@ def _plain(composed: DictConfig) -> dict[str, Any]:
     return {str(k): v for k, v in plain.items() if k != "hydra"}
 
 
-def _check_estimators(asked: list[str]) -> None:
+def _check_analysis(analysis: Analysis | AnalyzeAnalysis) -> None:
+    asked = analysis.importance
     if unknown := [name for name in asked if name not in ESTIMATORS]:
         raise ConfigError(f"analysis.importance: {unknown[0]!r} is none of {', '.join(ESTIMATORS)}")
     if len(set(asked)) < len(asked):
         raise ConfigError(f"analysis.importance: {', '.join(asked)} names one twice")
+    asked_ranks = analysis.effective_rank
+    if asked_ranks != "auto" and not isinstance(asked_ranks, bool):
+        raise ConfigError(f"analysis.effective_rank: must be true, false or auto, got {asked_ranks!r}")
 
 
 def to_dict(root: Root | Analyze) -> dict[str, Any]:
@@ -463,7 +467,7 @@ def _cross_checks(root: Root) -> None:
         every = root.merge.every_n_epochs
         if every != "last" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ConfigError(f"merge.every_n_epochs: must be a whole number from 1, or last; got {every!r}")
-    _check_estimators(root.analysis.importance)
+    _check_analysis(root.analysis)
     gpus = root.sweep.gpus
     if gpus not in (None, "all") and not (
         isinstance(gpus, list) and gpus and all(isinstance(g, int) and not isinstance(g, bool) and g >= 0 for g in gpus)

@@ -237,10 +237,8 @@ class RunRecord:
     ) -> Artifact | None:
         """The analysis of layers, the round's update in it beside that of the round before."""
         updated = self.attempt(f"round {number}: update", partial(bench.update, start, tuned, self.update))
-        self.update = updated[0] if updated else None
-        if not updated:
-            return None
-        analyze = partial(bench.analyze, tuned, merged, anchor, updated[1])
+        self.update, figures = updated or (None, None)
+        analyze = partial(bench.analyze, tuned, merged, anchor, figures)
         return self.attempt(f"round {number}: layer change", analyze)
 
     def mismatch(self, number: int, name: str, table: dict[str, Any], layers: dict[str, Any]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,7 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[str, Any] = {}
+        self._stored: dict[str, str] = {}  # by name, what the file calls it
         for file in files:
             try:
                 opened = safe_open(file, framework="pt")
@@ -189,10 +190,13 @@ class Checkpoint(Mapping[str, Tensor]):
                 raise PolicyError(f"{file} cannot be read ({error}); is the download or the copy whole?") from error
             for name in opened.keys():  # noqa: SIM118
                 self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-                self._open[name] = opened
+                self._open[name], self._stored[name] = opened, name
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._open[name].get_tensor(name)
+        return self._open[name].get_tensor(self._stored[name])
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.shapes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -200,15 +204,25 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.shapes)
 
-    def without(self, name: str) -> Checkpoint:
-        """The same but for one tensor."""
-        other = copy.copy(self)
-        other.shapes = {n: shape for n, shape in self.shapes.items() if n != name}
-        return other
-
     def rows(self, name: str, begin: int, end: int) -> Tensor:
         """Some rows of a tensor, without reading the others."""
-        return self._open[name].get_slice(name)[begin:end]
+        return self._open[name].get_slice(self._stored[name])[begin:end]
+
+    def without(self, names: Collection[str]) -> tuple[Checkpoint, list[str]]:
+        """The same but for some tensors; the names of those that were there."""
+        gone = sorted(n for n in names if n in self.shapes)
+        return self._with({n: n for n in self.shapes if n not in gone}), gone
+
+    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
+        """The same under other names."""
+        return self._with({rename(n): n for n in self.shapes})
+
+    def _with(self, former: Mapping[str, str]) -> Checkpoint:
+        other = copy.copy(self)
+        other.shapes = {new: self.shapes[old] for new, old in former.items()}
+        other._open = {new: self._open[old] for new, old in former.items()}
+        other._stored = {new: self._stored[old] for new, old in former.items()}
+        return other
 
 
 def digest_weights(weights: Weights) -> str:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,9 +39,12 @@ from .tracking import progress
 from .upkeep import keep_of
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 SAMPLING = ("policy.py", "decoding.py", "evaluation.py", "tasks/__init__.py")
-PROBING = (*SAMPLING, "sft.py", "analysis/diversity.py")
-IMPORTANCE = ("policy.py", "sft.py", "analysis/importance.py", "analysis/change.py")
+PROBING = ("stages.py", "sft.py", "analysis/diversity.py")
+IMPORTANCE = (
+    "stages.py", "policy.py", "sft.py", "analysis/importance.py", "analysis/change.py", "analysis/mismatch.py"
+)  # fmt: skip
 FITTING = ("policy.py", "sft.py", "merging.py", "tasks/__init__.py")
 LAB = Path(__file__).parent / "lab"  # the base models in the package, seed0 and on
 LAB_SEED0 = LAB / "seed0"
@@ -402,15 +409,15 @@ class Bench:
                 problems: dict[str, list[dict[str, Any]]] = {}
                 for row in read_lines(held_out.folder / "held_out.jsonl"):
                     problems.setdefault(row["id"], []).append(row)
-                texts = {row["completion"] for rows in problems.values() for row in rows}
-                tokens = {t: self.policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts}
+                written = {row["completion"] for rows in problems.values() for row in rows}
+                tokens = {t: self.policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in written}
                 out |= diversity.sample_figures(list(problems.values()), tokens)
             how = (self.policy.pad_id, spec.batch_size)
             with progress(f"round {number}: predictions", 3) as tick:
                 base = self._base_predictions(away) if spec.kl_n else []
                 policy = self._load(model)
-                if own:
-                    out["diversity/fixed_text_entropy"] = diversity.text_entropy(policy.model, self._golds(own), *how)
+                if texts := self._golds(own):
+                    out["diversity/fixed_text_entropy"] = diversity.text_entropy(policy.model, texts, *how)
                 tick(1)
                 far = [
                     diversity.divergence(policy.model, then, self._golds(problems)[: len(then)], *how)
@@ -431,6 +438,7 @@ class Bench:
             "model": model.digest, "base": self.base.digest, "held_out": held_out.digest if held_out else None,
             "task": task_key(self.cfg.task), "texts": _ids(own), "ood": [_ids(ps) for ps in away],
             "train": _ids(practised), "batch_size": spec.batch_size, "how": self._decode(),
+            "sacrebleu": version("sacrebleu"),
         } | self._dtype()  # fmt: skip
         return self.store.stage("probe", inputs, compute, modules=(*self.sampling, *PROBING))
 
@@ -478,7 +486,7 @@ class Bench:
             policy = self._load(self.base)
             examples = self._examples((e["prompt"], e["completion"]) for e in chosen)
             total = len(chosen) * ((set(spec.importance) != {"taylor"}) + ("taylor" in spec.importance))
-            with progress("importance of layers", total) as tick:
+            with progress("importance of layers", total) as tick, _deterministic(self.cfg, self.device):
                 values = importance(
                     policy.model, examples, spec.importance, pad_id=policy.pad_id, batch_size=spec.batch_size,
                     on_progress=tick,
@@ -495,30 +503,32 @@ class Bench:
     def update(self, start: Model, tuned: Model, earlier: Model | None) -> tuple[Model, Artifact]:
         """The round's own update, tuned - start, in bfloat16. Facts, by row: its cosine and sign agreement with the one
         of the round before, and its effective rank."""
-        ranks, past = self.cfg.analysis.effective_rank, earlier.digest if earlier else None
+        ranks, past = self._ranks(), earlier.digest if earlier else None
 
         def compute(folder: Path) -> Mapping[str, Any]:
             before, after = self._stream(start), self._stream(tuned)
             update = change.update_of(before, after)
             other = self._whole(earlier, Checkpoint) if earlier else None
             save_file(update, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-            return {"rows": change.update_figures(before, after, update, other, ranks=ranks)}
+            figures = change.update_figures(before, after, update, other, ranks=ranks, device=self.device)
+            return {"rows": figures}
 
         inputs = {"start": start.digest, "tuned": tuned.digest, "earlier": past, "ranks": ranks}
         stage = partial(self.store.stage, "update", inputs, compute, modules=("analysis/change.py", "policy.py"))
         made = stage()
         return Model(made.folder, made.digest, partial(stage, whole=True)), made
 
-    def analyze(self, tuned: Model, merged: Model, anchor: Anchor, update: Artifact) -> Artifact:
+    def analyze(self, tuned: Model, merged: Model, anchor: Anchor, update: Artifact | None) -> Artifact:
         """layers.json: weight change against the base by layer and kind, before and after the last merge event, and the
         facts of the round's update. Facts: the merged model's relative distance from the base and from the anchor."""
+        rows = update.facts["rows"] if update else {}
 
         def compute(folder: Path) -> Mapping[str, Any]:
             now = self._stream(merged)
             after = before = change.layer_change(self.base_weights, now)
             if tuned.digest != merged.digest:
                 before = change.layer_change(self.base_weights, self._stream(tuned))
-            _write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": update.facts["rows"]})
+            _write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": rows})
             return {
                 "drift": change.relative_distance(self.base_weights, now),
                 "anchor_distance": change.relative_distance(anchor.weights(), now),
@@ -526,7 +536,7 @@ class Bench:
 
         inputs = {
             "base": self.base.digest, "tuned": tuned.digest, "merged": merged.digest, "anchor": anchor.digest,
-            "update": update.digest,
+            "update": rows,
         }  # fmt: skip
         return self.store.stage("analyze", inputs, compute, modules=("analysis/change.py", "policy.py", "stages.py"))
 
@@ -589,8 +599,15 @@ class Bench:
         """The first `n` test items of each OOD task."""
         return [(e.task, e.problems[:n]) for e in self.exams if e.label in (*self.near, *self.far)]
 
+    def _ranks(self) -> bool:
+        """analysis.effective_rank; `auto` leaves it out where it would take a CPU hours."""
+        asked = self.cfg.analysis.effective_rank
+        return change.ranks_are_cheap(self.base_weights, self.device) if asked == "auto" else bool(asked)
+
     def _golds(self, problems: Sequence[Problem]) -> list[Example]:
-        return self._examples((p.prompt, p.gold) for p in problems)
+        """Prompts with their gold solutions, as far as these fit into the model's context."""
+        texts = self._examples((p.prompt, p.gold) for p in problems)
+        return [t for t in texts if len(t.prompt) + len(t.completion) <= self.policy.context]
 
     def _base_predictions(self, tasks: Sequence[Sequence[Problem]]) -> list[list[torch.Tensor]]:
         """The base's log-probabilities for the gold solutions of OOD items, of each task as many as fit in its share of
@@ -600,7 +617,10 @@ class Bench:
             room = KEPT_NUMBERS // policy.model.config.get_text_config().vocab_size // len(tasks)
             for problems in tasks:
                 texts = self._golds(problems)
-                fit = max(1, int((np.cumsum([len(t.completion) for t in texts]) <= room).sum()))
+                fit = int((np.cumsum([len(t.completion) for t in texts]) <= room).sum())
+                fit = max(fit, min(1, len(texts)))
+                if fit < len(problems):
+                    log.info("kl/ood: %d of %d items of a task fit (context, memory)", fit, len(problems))
                 made.append(
                     diversity.keep_predictions(policy.model, texts[:fit], policy.pad_id, self.cfg.analysis.batch_size)
                 )
@@ -660,6 +680,20 @@ class Anchor:
     def weights(self) -> Weights:
         read = [self.bench._weights(m) for m in self.models]
         return read[0] if len(read) == 1 else merging.mean(read)
+
+
+@contextmanager
+def _deterministic(cfg: Root, device: str) -> Iterator[None]:
+    """trainer.deterministic for gradients outside of a fit; a CPU's are so anyway."""
+    wanted = cfg.trainer.deterministic and device == "cuda"
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.use_deterministic_algorithms(False)
 
 
 class _in_dtype:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from .analysis import ESTIMATORS
 from .analysis.mismatch import RESAMPLES, permutation_p, resampled_means, spearman, top_count, top_share
 from .report import charts, flat, read_run
 from .study import StudyError, markdown, unit_weights, write_csv
@@ -84,7 +85,8 @@ def _of_run(folder: Path, number: int | None) -> Layers:
     config = flat(run.config)
     rows = [run.layers[t]["merged"][f"layer_{i:02d}"] for i in range(int(run.importance["layers"]))]
     base = str(config["model.seed"] if config["model.kind"] == "lab" else Path(config["model.path"]).name)
-    values = {name: np.array(v) for name, v in run.importance["values"].items()}
+    found = run.importance["values"]
+    values = {name: np.array(found[name]) for name in dict.fromkeys((*ESTIMATORS, *found)) if name in found}
     change, energy = (np.array([row[what] for row in rows]) for what in ("relative", "energy"))
     return Layers(
         float(config.get("merge.ratio", 1.0)), config["sft.lr"], base, config["seed"], t, values, change, energy

@@ -105,10 +105,12 @@ class WandbTracker:
         if not (folder / "rounds.jsonl").is_file():
             return
         rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        if not rounds:
+            return
         changes, logged = layer_table(folder), {"round": rounds[-1]["round"]}
-        if rows := changes[1]:
+        if changes[1]:
             logged["tables/layers"] = wandb.Table(*changes, allow_mixed_types=True)
-            layers = [row for row in rows if row[1].startswith("layer_")]
+        if layers := [row for row in changes[1] if row[1].startswith("layer_")]:
             by_round = {t: [row[2] for row in layers if row[0] == t] for t in dict.fromkeys(row[0] for row in layers)}
             depths = list(range(max(map(len, by_round.values()))))
             logged["charts/change_by_layer"] = line_series(
@@ -119,7 +121,7 @@ class WandbTracker:
             if names:
                 first = [row for row in layers if row[0] == layers[0][0]]
                 columns = [[row[changes[0].index(name)] or 0.0 for row in first] for name in names]
-                shares = [[value / (sum(column) or 1) for value in column] for column in columns]
+                shares = [[value / (sum(map(abs, column)) or 1) for value in column] for column in columns]
                 logged["charts/importance_by_layer"] = line_series(
                     [depths] * len(names), shares, [name.removeprefix("importance/") for name in names],
                     title="importance of each layer, share of the sum", xname="layer",

@@ -13,16 +13,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..policy import Checkpoint, Weights, check_same_tensors
+from ..policy import Checkpoint, PolicyError, Weights, check_same_tensors
 
 PIECE = 1 << 22  # weights at a time
+RANKS_UP_TO = 2048  # rows or columns of matrices whose effective rank a CPU has in seconds
+# Masks and frequencies that checkpoints of older models hold beside their weights.
+_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 
 _KINDS = (
     ("qkv", r"c_attn|query_key_value|qkv_proj|Wqkv"),
     ("q", r"q_proj|query"), ("k", r"k_proj|key"), ("v", r"v_proj|value"), 
     ("o", r"o_proj|self_attn\.dense|attention\.dense|attn\.c_proj|out_proj"),
-    ("gate", r"gate_proj"), ("up", r"up_proj|dense_h_to_4h|mlp\.c_fc|fc1"),
-    ("down", r"down_proj|dense_4h_to_h|mlp\.c_proj|fc2"),
+    ("gate_up", r"gate_up_proj"), ("gate", r"gate_proj|\.w1\b"), ("up", r"up_proj|dense_h_to_4h|mlp\.c_fc|fc1|\.w3\b"),
+    ("down", r"down_proj|dense_4h_to_h|mlp\.c_proj|fc2|\.w2\b"),
     ("norms", r"norm|ln_\w+"),
 )  # fmt: skip
 
@@ -81,7 +84,13 @@ def update_of(start: Weights, tuned: Weights) -> dict[str, Tensor]:
 
 
 def update_figures(
-    start: Weights, tuned: Weights, update: Weights | None, earlier: Weights | None = None, *, ranks: bool = True
+    start: Weights,
+    tuned: Weights,
+    update: Weights | None,
+    earlier: Weights | None = None,
+    *,
+    ranks: bool = True,
+    device: str = "cpu",
 ) -> dict[str, dict[str, float | None]]:
     """{row: {cosine, sign_agreement, effective_rank}} of a round's own update, `update_of` its start and tuned weights.
 
@@ -89,7 +98,7 @@ def update_figures(
     of equal signs among weights that both changed. effective_rank is exp of the entropy of the normalised singular
     values (Roy and Vetterli, 2007), summed over the row's matrices, as a share of their full rank; embeddings and head
     have none. What is not defined (an update of zero, no earlier round) is None; without an earlier round `update` is
-    not read.
+    not read. Ranks are computed on `device`.
     """
     rows: dict[str, list[float]] = {}  # u.v, u.u, v.v, equal signs, both nonzero, rank, full rank
     for name in sorted(start):
@@ -101,7 +110,9 @@ def update_figures(
             part = [float(u @ v), float(u @ u), float(v @ v), int((signs > 0).sum()), int(signs.count_nonzero())]
             at[:5] = [x + y for x, y in zip(at, part, strict=False)]
         if ranks and row.startswith("layer_") and len(shape_of(start, name)) > 1:
-            exact = tuned[name].to("cpu", torch.float64) - start[name].to("cpu", torch.float64)
+            exact = tuned[name].to(device, torch.float64) - start[name].to(device, torch.float64)
+            if not torch.isfinite(exact).all():
+                raise AnalysisError(f"{name}: has weights that are not finite, so that no rank can be given")
             for matrix in exact.reshape(-1, *exact.shape[-2:]):
                 rank = effective_rank(matrix)
                 if rank is not None:
@@ -116,6 +127,12 @@ def update_figures(
     }
 
 
+def ranks_are_cheap(weights: Weights, device: str) -> bool:
+    """Whether effective ranks of a change of these weights take seconds a layer, and not minutes."""
+    shapes = [shape_of(weights, name) for name in weights if place_of(name)[0].startswith("layer_")]
+    return device != "cpu" or max((min(s[-2:]) for s in shapes if len(s) > 1), default=0) <= RANKS_UP_TO
+
+
 def effective_rank(matrix: Tensor) -> float | None:
     """exp(-sum p log p), p the singular values of a float64 matrix over their sum; None for a matrix of zeros."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -127,18 +144,32 @@ def effective_rank(matrix: Tensor) -> float | None:
 
 
 def comparable(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
-    """Both with the tensors that they share, and notes of what was left out: a head that is its model's embeddings,
-    which one file holds and the other does not. Raises PolicyError, naming tensors, where they differ in anything
-    else."""
+    """Both with the tensors that they share, under the same names, and notes of what was left out: masks and
+    frequencies that are no weights, and a head that is its model's embeddings. A prefix that one of them has
+    (`transformer.`) is dropped. Raises PolicyError, naming tensors, where they differ in anything else."""
     notes, sides = [], {"base": base, "tuned": tuned}
+    for side in sides:
+        sides[side], dropped = sides[side].without({n for n in sides[side] if _BUFFERS.search(n)})
+        if dropped:
+            notes.append(f"{len(dropped)} tensors of {side} are no weights, and left out: {dropped[0]}, ...")
     for side, other in (("base", "tuned"), ("tuned", "base")):
-        for name in sorted(sides[side].keys() - sides[other].keys()):
-            if place_of(name)[0] == "head" and _is_tied(sides[side], name):
-                sides[side] = sides[side].without(name)
-                notes.append(
-                    f"{name} of {side} is left out: it is tied to the embeddings, and {other} has no such tensor"
-                )
-    check_same_tensors(sides["base"], sides["tuned"], "base", "tuned")
+        mine, theirs = sides[side], sides[other]
+        prefixes = {n.partition(".")[0] + "." for n in mine.keys() - theirs.keys()}
+        for prefix in sorted(prefixes):
+            if sum(n.removeprefix(prefix) in theirs for n in mine if n.startswith(prefix)) > len(theirs) / 2:
+                sides[side] = mine.renamed(lambda n, prefix=prefix: n.removeprefix(prefix))
+    for side in sides:
+        heads = {n for n in sides[side] if place_of(n)[0] == "head" and _is_tied(sides[side], n)}
+        sides[side], dropped = sides[side].without(heads)
+        if dropped:
+            notes.append(f"{dropped[0]} of {side} is left out: it is tied to the embeddings")
+    try:
+        check_same_tensors(sides["base"], sides["tuned"], "base", "tuned")
+    except PolicyError as error:
+        raise PolicyError(
+            f"{error}. If both are one architecture, their files name tensors differently: load each with transformers "
+            "and save it again"
+        ) from error
     return sides["base"], sides["tuned"], notes
 
 

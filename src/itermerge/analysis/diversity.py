@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..evaluation import pass_at_k
 from ..sft import IGNORED, Example, collate, completion_logits
+from .change import AnalysisError
 
 Ratio = tuple[list[float], list[float]]  # above and below, a number a problem
 NGRAMS = (1, 2, 3, 4)
@@ -128,6 +129,8 @@ def predictions(
             batch = {k: v.to(device) for k, v in collate([examples[i] for i in rows], pad_id).items()}
             logits, targets = completion_logits(model, batch)
             logs = torch.log_softmax(logits.float(), -1)
+            if logs.isnan().any():
+                raise AnalysisError("the model's predictions are not finite; look for weights that are not")
             yield rows, logs.masked_fill((targets == IGNORED)[..., None], math.nan)
 
 
@@ -135,7 +138,7 @@ def text_entropy(model: Any, examples: Sequence[Example], pad_id: int, batch_siz
     """(nats, tokens) of each example: the entropy of the model's predictions of its completion's tokens."""
     above, below = [0.0] * len(examples), [0.0] * len(examples)
     for rows, logs in predictions(model, examples, pad_id, batch_size):
-        spread = -(logs.exp() * logs).double().sum(-1)
+        spread = torch.special.entr(logs.exp()).double().sum(-1)  # 0 where the probability is
         for i, row in enumerate(rows):
             above[row], below[row] = float(spread[i].nansum()), float(spread[i].isfinite().sum())
     return above, below
@@ -157,5 +160,6 @@ def divergence(model: Any, base: Sequence[Tensor], examples: Sequence[Example], 
         for i, row in enumerate(rows):
             now = logs[i][~logs[i, :, 0].isnan()].double()
             then = base[row].to(now)
-            above[row], below[row] = max(0.0, float((now.exp() * (now - then)).sum())), float(len(now))
+            nats = torch.where(now.exp() > 0, now.exp() * (now - then), 0.0).sum()
+            above[row], below[row] = max(0.0, float(nats)), float(len(now))
     return above, below

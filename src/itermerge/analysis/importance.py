@@ -272,22 +272,31 @@ def _taylor(model: Any, blocks: list[nn.Module], batch: Mapping[str, Tensor]) ->
     """Sum of |gradient x weight| over each block, of one example's loss."""
     labels = batch["labels"]
     columns = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
-    own = [list(block.parameters()) for block in blocks]
-    wanted = {id(p) for parameters in own for p in parameters}
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for p, _ in flags:
-            p.requires_grad_(id(p) in wanted)  # no gradients of embeddings and head
-        loss = _losses(_logits(model, batch["input_ids"], columns), labels[:, columns + 1]).sum()
-        flat = [p for parameters in own for p in parameters]
-        gradients = torch.autograd.grad(loss, flat, allow_unused=True)
-    finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-    sums = iter(
-        [0.0 if g is None else float(g.mul_(p.detach()).abs_().sum()) for g, p in zip(gradients, flat, strict=True)]
-    )
-    return np.array([sum(next(sums) for _ in parameters) for parameters in own])
+    layers: dict[int, list[int]] = {}  # of each weight; blocks may share some
+    for layer, block in enumerate(blocks):
+        for p in block.parameters():
+            layers.setdefault(id(p), []).append(layer)
+    sums = np.zeros(len(blocks))
+
+    def add(p: Tensor) -> None:
+        assert p.grad is not None
+        sums[layers[id(p)]] += float(p.grad.mul_(p.detach()).abs_().sum())
+        p.grad = None  # no more than one weight's gradient stays
+
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    with ExitStack() as stack:
+        try:
+            for p, _, _ in before:
+                p.grad = None
+                p.requires_grad_(id(p) in layers)  # no gradients of embeddings and head
+                if id(p) in layers:
+                    stack.callback(p.register_post_accumulate_grad_hook(add).remove)
+            _losses(_logits(model, batch["input_ids"], columns), labels[:, columns + 1]).sum().backward()
+        finally:
+            for p, flag, gradient in before:
+                p.requires_grad_(flag)
+                p.grad = gradient
+    return sums
 
 
 def _device(model: Any) -> torch.device:

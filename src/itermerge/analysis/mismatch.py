@@ -77,7 +77,8 @@ def mismatch(values: Mapping[str, np.ndarray], layers: Mapping[str, Any], share:
     relative change and the share of the squared change are compared with them. Intervals: examples resampled, never
     layers. What is not defined (one layer, no change) is left out.
     """
-    rows = [layers[name] for name in sorted(layers) if name.startswith("layer_")]
+    names = sorted((n for n in layers if n.startswith("layer_")), key=lambda n: int(n.removeprefix("layer_")))
+    rows = [layers[name] for name in names]
     change, energy = (np.array([row[what] for row in rows]) for what in ("relative", "energy"))
     k = top_count(len(rows), share)
     out: dict[str, float] = {"top_k": k}

@@ -140,8 +140,8 @@ def round_of(line: Line, default: int) -> int:
 
 
 def _importance_of(rounds: Sequence[Line]) -> dict[str, Any]:
-    """importance.json as far as the metrics of round 0 tell it."""
-    base = rounds[0] if rounds else {}
+    """importance.json as far as the metrics tell it: those of the first round that has them."""
+    base = next((line for line in rounds if any(n.startswith("importance/") for n in line)), {})
     names = list(dict.fromkeys(n.split("/")[1] for n in base if re.match(r"importance/[^/]+/layer_\d+$", n)))
     estimators = {
         name: {
@@ -211,17 +211,22 @@ def read_sweep(folder: Path) -> list[Job]:
     """The finished jobs of a sweep folder, in order; without those whose files cannot be read."""
     folders = [d for d in job_folders(folder) if (d / "DONE").is_file() and (d / "summary.json").is_file()]
     read = [(d, flat(read_config(d)), Run(d).json("summary.json"), read_rounds(d)) for d in folders]
-    read = [r for r in read if "seed" in r[1] and "stages" in r[2] and r[3]]
+    read = [r for r in read if "seed" in r[1] and _has_counts(r[2]) and r[3]]
     configs = [c for _, c, _, _ in read]
     varied = sorted({k for c in configs for k in c if len({str(other.get(k)) for other in configs}) > 1} - {"seed"})
     if "merge.ratio" in varied and any("merge.ratio" in c for c in configs):
         varied = [k for k in varied if k == "merge.kind" or not k.startswith("merge.") or all(k in c for c in configs)]
     jobs = []
     for d, c, summary, rounds in read:
-        best = min(int(summary.get("best_round_by_validation", 0)), len(rounds) - 1)
+        best = min(max(int(number(summary, "best_round_by_validation") or 0), 0), len(rounds) - 1)
         jobs.append(Job(d, c["seed"], {k: c.get(k) for k in varied}, c, rounds, summary["stages"], best))
     twins = {_without_merge(j): j for j in jobs if j.vanilla}
     return [replace(j, retention=retention(j, twins.get(_without_merge(j)))) for j in jobs]
+
+
+def _has_counts(summary: Mapping[str, Any]) -> bool:
+    stages = summary.get("stages")
+    return isinstance(stages, dict) and all(isinstance(stages.get(k), dict) for k in ("computed", "reused"))
 
 
 @dataclass(frozen=True)
@@ -237,6 +242,7 @@ class State:
 def read_states(folder: Path) -> list[State]:
     """Every job of sweep.json, and every job's folder, in order."""
     listed = Run(folder).json(FILE).get("jobs", [])
+    listed = listed if isinstance(listed, list) else []
     there = {int(d.name): d for d in job_folders(folder)}
     states = []
     for i in range(max([len(listed), *(n + 1 for n in there)])):

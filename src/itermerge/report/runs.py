@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def tiles(run: Run) -> list[Tile]:
     if entropy[0] is not None and entropy[1] is not None:
         out.append(Tile("token entropy", f"{entropy[0]:.2f} → {entropy[1]:.2f}", "nats a token, own samples"))
     best = number(run.summary, "best_round_by_validation")
-    if best is not None and int(best) < len(run.rounds):
+    if best is not None and 0 <= int(best) < len(run.rounds):
         accuracy = number(run.rounds[int(best)], "val/id/acc")
         out.append(Tile("best round", f"{best:.0f}", f"by validation: {percent(accuracy)}"))
     return [tile for tile in out if tile]
@@ -231,7 +232,9 @@ def importance(run: Run) -> Section:
     if run.importance and not changed:
         blocks.append(Note("no round has layer figures yet, so there is no change to compare with", warn=True))
     if run.importance_ood:
-        blocks += importance_blocks(run.importance_ood, shown, {}, "importance_ood", "Importance on out-of-domain text")
+        of_ood = {n.replace("mismatch_ood/", "mismatch/"): v for n, v in lines.get(last, {}).items() if "_ood/" in n}
+        heading = "Importance on out-of-domain text"
+        blocks += importance_blocks(run.importance_ood, shown, of_ood, "importance_ood", heading)
     return Section("importance", "Importance against change", blocks)
 
 
@@ -287,7 +290,8 @@ def _importance_panel(
     estimator: str, rows: Mapping[str, Any], changed: Mapping[str, Mapping[str, float]], line: Line,
     colours: Mapping[str, str],
 ) -> tuple[charts.Panel, dict[str, str]] | None:  # fmt: skip
-    figures = {r: v for r in in_order(list(rows)) if r.startswith("layer_") and isinstance(v := rows[r], dict)}
+    numbered = [r for r in in_order(list(rows)) if re.fullmatch(r"layer_\d+", r)]
+    figures = {r: v for r in numbered if isinstance(v := rows[r], dict)}
     means = {r: m for r, v in figures.items() if (m := number(v, "mean")) is not None}
     whole = sum(abs(m) for m in means.values())
     if not whole:
@@ -304,7 +308,7 @@ def _importance_panel(
     ]  # fmt: skip
     lines = []
     for what, values in reversed(list(changed.items())):
-        layers = {r: v for r, v in values.items() if r.startswith("layer_")}
+        layers = {r: v for r, v in values.items() if re.fullmatch(r"layer_\d+", r)}
         total = sum(layers.values())
         lines += [
             {"layer": int(r.removeprefix("layer_")), "what": what, "share": 100 * v / total, "exact": v}

@@ -118,7 +118,9 @@ class WordTask:
             return Verdict("truncated", None)
         if (answer := read_answer(completion)) is None:
             return Verdict("unparseable", None)
-        return Verdict("correct" if value(answer) == value(problem.answer) else "wrong", answer)
+        # in one spelling, so that votes for 1,000 and 1000.0 are votes for one answer
+        said = format(value(answer).normalize(), "f")
+        return Verdict("correct" if value(answer) == value(problem.answer) else "wrong", said)
 
 
 def part_of(text: str) -> str:
