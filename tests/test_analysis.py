@@ -340,6 +340,8 @@ def test_mismatch_by_hand() -> None:
     assert got["skip/p"] == pytest.approx(2 / 24)
     assert got["skip/top_share"] == pytest.approx(0.1 / 0.5)  # layers 0 and 1, of the layers' own change
     assert got["skip/top_expected"] == 0.5
+    # squared changes .05 .05 .1 .3 have ranks 1.5 1.5 3 4
+    assert got["skip/spearman_squared"] == pytest.approx(stats.spearmanr([4, 3, 2, 1], [1.5, 1.5, 3, 4]).statistic)
     # means 2 2 2 4: ranks 2 2 2 4 against 1 2 3 4; resampled they are (1 2 3 4), (2 2 2 4) or (3 2 1 4)
     assert got["taylor/spearman"] == pytest.approx(stats.spearmanr([2, 2, 2, 4], [1, 2, 3, 4]).statistic)
     low = stats.spearmanr([3, 2, 1, 4], [1, 2, 3, 4]).statistic

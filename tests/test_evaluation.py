@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from itermerge import evaluation
 from itermerge.decoding import Completion
-from itermerge.evaluation import Exam, count_reasons, greedy_scores, majority, mean_interval, metrics, pass_at_k, wilson
+from itermerge.evaluation import (
+    Exam,
+    count_reasons,
+    difference_interval,
+    gap_interval,
+    greedy_scores,
+    majority,
+    mean_interval,
+    metrics,
+    pass_at_k,
+    wilson,
+)
 from itermerge.tasks import Problem, Split, Verdict, derive_seed
 
 
@@ -171,3 +182,21 @@ def test_samples_are_grouped_by_problem_under_keys_of_their_own(monkeypatch: pyt
     assert len(set(keys)) == 6
     # a problem keeps its draws whatever stands beside it
     assert evaluation.sample_keys(problems[2:], 2, 7) == keys[4:]
+
+
+def test_difference_of_proportions_against_newcombes_own_example() -> None:
+    """Newcombe (1998), table II, method 10: 56/70 - 48/80 = .2000 [.0524, .3339]."""
+    assert difference_interval((56, 70), (48, 80)) == pytest.approx((0.2, 0.0524, 0.3339), abs=5e-5)
+    _, low, high = difference_interval((0, 10), (0, 10))
+    assert low == pytest.approx(-high)
+
+
+def test_gap_of_gains_by_hand() -> None:
+    """ID gains 2 of 4, of the two OOD tasks one loses 1 of 2: .5 - (-.25) = .75."""
+    base = {"id": {"correct": [0, 0, 1, 1]}, "a": {"correct": [1, 1]}, "b": {"correct": [0, 1]}}
+    now = {"id": {"correct": [1, 1, 1, 1]}, "a": {"correct": [0, 1]}, "b": {"correct": [0, 1]}}
+    gap, low, high = gap_interval(base, now, "id", ["a", "b"])
+    assert gap == 0.75
+    assert 0 <= low < 0.3
+    assert 1.2 < high <= 1.5
+    assert gap_interval(base, base, "id", ["a", "b"]) == (0, 0, 0)

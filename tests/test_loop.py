@@ -194,6 +194,7 @@ def test_figures_of_the_rounds_agree_with_the_files(cold: Path) -> None:
         assert list(line)[1:] == sorted(list(line)[1:])
     gap = (rounds[2]["id/acc"] - rounds[0]["id/acc"]) - (rounds[2]["ood/acc"] - rounds[0]["ood/acc"])
     assert rounds[2]["gap/superficiality"] == pytest.approx(gap)
+    assert rounds[2]["gap/superficiality_low"] <= gap <= rounds[2]["gap/superficiality_high"]
     assert rounds[1]["merge/effective_ratio"] == pytest.approx(0.375)  # 2 epochs, 2 events at 1/2: (1/4 + 1/2) / 2
     summary = json.loads((cold / "summary.json").read_text())
     assert summary["final"] | {"round": 2} == rounds[2]
@@ -580,6 +581,7 @@ def test_mismatch_of_each_round_agrees_with_its_files(cold: Path) -> None:
                 assert line[f"{at}/spearman"] == pytest.approx(stats.spearmanr(mean, change).statistic)
                 assert line[f"{at}/spearman_low"] <= line[f"{at}/spearman"] <= line[f"{at}/spearman_high"]
                 energy = [layers[which][row]["energy"] for row in rows]
+                assert line[f"{at}/spearman_squared"] == pytest.approx(stats.spearmanr(mean, energy).statistic)
                 top = sorted(range(8), key=lambda i: -mean[i])[:2]
                 assert line[f"{at}/top_share"] == pytest.approx(sum(energy[i] for i in top) / sum(energy))
                 assert line[f"{at}/top_expected"] == 0.25
@@ -615,7 +617,10 @@ def test_collapse_figures_agree_with_the_samples(cold: Path) -> None:
         assert line["sample/tokens"] == pytest.approx(np.mean([r["tokens"] for r in rows]))
         texts = {(r["id"], r["completion"]) for r in rows}
         assert line["diversity/distinct"] == pytest.approx(len(texts) / 16)
-        assert line["gap/memorisation"] == pytest.approx(line["train/acc"] - line["id/acc"])
+        scores = json.loads((cold / "rounds" / f"{t:02d}" / "scores.json").read_text())
+        unseen = np.mean(scores["find"]["correct"] + scores["val/find"]["correct"])
+        assert line["gap/memorisation"] == pytest.approx(line["train/acc"] - unseen)
+        assert line["gap/memorisation_low"] <= line["gap/memorisation"] <= line["gap/memorisation_high"]
         assert 0 < line["diversity/fixed_text_entropy"] < 1
     rounds = read_rounds(cold)
     assert rounds[0]["kl/ood"] == pytest.approx(0, abs=1e-9)
@@ -670,6 +675,17 @@ def test_a_failed_analysis_is_recorded_and_the_loop_goes_on(
     mended = run_here(tmp_path / "again", f"store.dir={tmp_path / 'store'}")  # nothing wrong was kept
     assert mended["analysis_failed"] == {}
     assert read_rounds(tmp_path / "again") == whole
+
+
+def test_importance_that_could_not_be_measured_is_said(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A random model solves nothing."""
+    cfg = check(compose_config(*SMALL, *_random_model(tiny_folder, tmp_path), "loop.on_empty=skip"))
+    cli.start(cfg, tmp_path, [])
+    said = "no round had verified solutions of the base to measure it on"
+    assert json.loads((tmp_path / "summary.json").read_text())["analysis_failed"] == {"importance": said}
+    assert f"not measured: importance ({said})" in capsys.readouterr().out
 
 
 def test_ranks_belong_to_the_config_and_not_to_what_the_store_holds(tmp_path: Path) -> None:
@@ -778,6 +794,7 @@ def test_a_skipped_round_leaves_a_gap_and_importance_waits(tmp_path: Path, monke
     assert not any(k.startswith(("importance", "weights", "mismatch")) for k in first)
     assert "importance/skip/layer_00" in second
     assert "mismatch/skip/spearman" in second
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["analysis_failed"] == {}
     assert "weights/cosine/layer_00" not in second
 
 

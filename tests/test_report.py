@@ -349,7 +349,8 @@ def test_importance_and_change_are_shares_of_their_sums(run_folder: Path) -> Non
     assert drawn["title"] == {
         "text": "skip",
         "subtitle": [
-            "ρ = −0.52 [−0.72, −0.32], p = .02", "top 2 layers hold 18% of the squared update (50% if spread evenly)"
+            "relative change: ρ = −0.52 [−0.72, −0.32], p = .02",
+            "squared update: top 2 layers hold 18% (50% if spread evenly)",
         ],
     }  # fmt: skip
 
@@ -579,6 +580,31 @@ def test_curves_by_setting_have_the_mean_and_the_range_of_seeds(sweep: Path) -> 
     assert (r["value"], r["low"], r["high"]) == pytest.approx((53, 50, 56))
 
 
+def test_several_vanillas_have_greys_of_their_own(tmp_path: Path) -> None:
+    for i, (ratio, base) in enumerate(((0.5, 0), (1, 0), (0.5, 1), (1, 1))):
+        write_run(tmp_path / str(i), f"merge.ratio={ratio}", f"model.seed={base}")
+    report.sweep(tmp_path)
+    cloud = specs(tmp_path / "report.html")["pareto-0"]["layer"][1]
+    found = re.findall(r"#[0-9A-Fa-f]{6}", json.dumps(cloud["encoding"]["color"]))
+    assert len(set(found)) == len(found) == 4
+
+
+def test_a_picture_of_an_earlier_report_goes(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    report.run(folder)
+    picture = folder / "figures" / "importance_change.png"
+    assert picture.is_file()
+    (folder / "rounds" / "00" / "importance.json").unlink()
+    report.run(folder)
+    assert not picture.exists()
+
+
+def test_a_rounds_folder_is_no_comparison(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    with pytest.raises(report.ReportError, match="is no run"):
+        report.kind_of(folder / "rounds" / "02")
+
+
 def test_profiles_and_mismatch_by_setting(tmp_path: Path) -> None:
     for i, (ratio, seed) in enumerate(((0.5, 0), (0.5, 1), (1, 0), (1, 1))):
         folder = write_run(tmp_path / str(i), f"merge.ratio={ratio}", f"seed={seed}")
@@ -586,8 +612,12 @@ def test_profiles_and_mismatch_by_setting(tmp_path: Path) -> None:
         lines[-1] |= {"mismatch/skip/spearman": -0.4 - 0.2 * seed, "weights/change/layer_00": 0.01 * (1 + seed)}
         write_rounds(folder, lines)
     _, paths = report.sweep(tmp_path)
-    assert [p.stem for p in paths[1:]] == ["id_ood", "heatmap", "vs_vanilla", "pareto", "layers", "mismatch"]
+    drawn_as = ["id_ood", "heatmap", "vs_vanilla", "pareto", "collapse", "layers", "mismatch"]
+    assert [p.stem for p in paths[1:]] == drawn_as
     drawn = specs(tmp_path / "report.html")
+    # pass@1, pass@2, token entropy and different solutions over rounds, a line a setting
+    entropy = {(r["series"], r["x"]): r["value"] for r in data(drawn["collapse-2"], "x")}
+    assert entropy["ratio=0.5", 2] == pytest.approx(0.3)
     profile = {(r["series"], r["x"]): r for r in data(drawn["layers-0"], "x")}
     r = profile["ratio=0.5", 0]
     assert (r["value"], r["low"], r["high"]) == pytest.approx((1.5, 1, 2))
@@ -681,7 +711,7 @@ def test_a_comparison_of_two_checkpoints(tmp_path: Path) -> None:
     for words in ("<h1>B against A</h1>", "importance on solutions from a file", "head &lt;tied&gt;"):
         assert words in page, words
     drawn = specs(out / "report.html")
-    assert drawn["importance_change-0"]["title"]["subtitle"][0] == "ρ = −0.52 [−0.72, −0.32], p = .02"
+    assert drawn["importance_change-0"]["title"]["subtitle"][0] == "relative change: ρ = −0.52 [−0.72, −0.32], p = .02"
     lines = [r["share"] for r in data(drawn["importance_change-0"], "what") if r["what"] == "change"]
     assert lines == pytest.approx([20, 20, 20, 40])
 

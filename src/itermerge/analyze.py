@@ -39,12 +39,16 @@ def analyze(cfg: Analyze, folder: Path) -> dict[str, Any]:
         log.warning("%s", note)
     device, ranks = stages.device_of(cfg.accelerator), cfg.analysis.effective_rank
     ranks = change.ranks_are_cheap(base, device) if ranks == "auto" else ranks
+    log.info("layer change of %d tensors", len(base))
     with progress("layer change", 2 if ranks else 1) as tick:
         rows = change.layer_change(base, tuned)
         tick(1)
         update = change.update_figures(base, tuned, None, ranks=ranks, device=device)
         tick(1)
     layers = {"pre_merge": rows, "merged": rows, "update": update}
+    if not any(figures["energy"] for figures in rows.values()):
+        notes.append("the two have the same weights: there is no change to compare with importance")
+        log.warning("%s", notes[-1])
     _write(folder / "layers.json", layers)
     found: dict[str, Any] = {"base": cfg.base, "tuned": cfg.tuned, "source": None, "notes": notes}
     if cfg.analysis.importance:
@@ -79,6 +83,7 @@ def _importance(cfg: Analyze, folder: Path, solutions: list[dict[str, str]] | No
                 f"solutions: number {number} has a prompt of {len(example.prompt)} tokens and a completion of "
                 f"{len(example.completion)}; a prompt needs one at least, and both together fit into {policy.context}"
             )
+    log.info("importance by %s on %d solutions (%s)", ", ".join(cfg.analysis.importance), len(examples), source)
     total = len(examples) * ((set(cfg.analysis.importance) != {"taylor"}) + ("taylor" in cfg.analysis.importance))
     with progress("importance of layers", total) as tick:
         values = importance(
@@ -92,6 +97,7 @@ def _own_solutions(cfg: Analyze, policy: Policy) -> list[dict[str, str]]:
     task, sampler = stages.build_task(cfg.task), cfg.sampler
     problems = task.problems("train", cfg.task.n_train, cfg.seed)
     check_gold(task, problems)
+    log.info("sampling %d solutions of %d problems of %s", len(problems) * sampler.n, len(problems), task.name)
     with progress(f"sampling solutions of {task.name}", len(problems) * sampler.n) as tick:
         made = evaluation.sample(
             policy, task, problems, sampler.n, derive_seed(cfg.seed, "analyze"), temperature=sampler.temperature,
@@ -129,7 +135,7 @@ def read_solutions(file: Path) -> list[dict[str, str]]:
 def show(found: dict[str, Any], layers: dict[str, Any]) -> None:
     """The figures as tables on the console."""
     table = Table(title="relative change", title_justify="left", padding=(0, 0))
-    for column in ("row", "change", "mean |change|", "share of it", "effective rank"):
+    for column in ("row", "change", "mean |change|", "of the squared change", "effective rank"):
         table.add_column(column, justify="left" if column == "row" else "right")
     for row, figures in layers["merged"].items():
         rank = layers["update"][row]["effective_rank"]
@@ -146,7 +152,7 @@ def show(found: dict[str, Any], layers: dict[str, Any]) -> None:
         caption=f"share: of the layers' squared change that the {found['mismatch/top_k']} most important hold",
         caption_justify="left",
     )  # fmt: skip
-    for column in ("estimator", "Spearman", "p", "share", "if even"):
+    for column in ("estimator", "Spearman", "p", "Spearman, squared", "share", "if even"):
         table.add_column(column, justify="left" if column == "estimator" else "right")
     for name in names:
         at = f"mismatch/{name}"
@@ -154,7 +160,12 @@ def show(found: dict[str, Any], layers: dict[str, Any]) -> None:
         said = "" if rho is None else f"{rho:+.2f} [{low:+.2f}, {high:+.2f}]"
         p = f"{found[f'{at}/p']:.2g}" if f"{at}/p" in found else ""
         table.add_row(
-            name, said, p, f"{100 * found[f'{at}/top_share']:.1f}%", f"{100 * found[f'{at}/top_expected']:.1f}%"
+            name,
+            said,
+            p,
+            f"{found[f'{at}/spearman_squared']:+.2f}" if f"{at}/spearman_squared" in found else "",
+            f"{100 * found[f'{at}/top_share']:.1f}%",
+            f"{100 * found[f'{at}/top_expected']:.1f}%",
         )
     console.print(table)
 

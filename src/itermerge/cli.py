@@ -73,6 +73,7 @@ def _analyze(composed: DictConfig) -> None:
         cfg = check_analyze(composed)
         if (folder / "layers.json").exists() or (folder / "config.yaml").exists():
             raise Occupied(f"out: {folder} holds something already, which is never overwritten; give another out")
+        _set_threads(cfg.threads)
         _quiet(cfg.threads)
         from . import analyze, report, tracking
 
@@ -220,6 +221,7 @@ def claim(folder: Path, cfg: Root) -> None:
 
 def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
     """Runs a checked config in its folder."""
+    _set_threads(cfg.threads)
     gpu = sweep.take_gpu(cfg.sweep.gpus)
     _quiet(cfg.threads)
     made_by = provenance(overrides) | ({"gpu": gpu} if gpu is not None else {})
@@ -247,6 +249,8 @@ def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
     pictures = ", ".join(_short(p) for p in made[1:])
     said = f"report {_short(made[0])}, figures {pictures}" if made else "without a report"
     tracking.console.print(f"run folder {_short(folder)}, {said}", soft_wrap=True)
+    for what, reason in summary["analysis_failed"].items():
+        tracking.console.print(f"not measured: {what} ({reason})", soft_wrap=True, markup=False)
     return float(summary["final"][cfg.optimized_metric])
 
 
@@ -261,19 +265,21 @@ def _report(folder: Path) -> list[Path]:
         return []
 
 
-def _quiet(threads: int | None) -> None:
-    """Sets torch's threads, before it starts, and silences what loads models."""
+def _set_threads(threads: int) -> None:
+    """For torch, before it is imported."""
+    os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+
+
+def _quiet(threads: int) -> None:
+    """Imports torch with so many threads, and silences what loads models."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if threads is not None:
-        os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
 
 
 def make_tracker(cfg: Root, folder: Path) -> Any:

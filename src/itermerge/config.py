@@ -314,7 +314,7 @@ class Analyze:
     out: str = MISSING
     solutions: str | None = None  # a JSON-lines file of prompt and completion; default: the base's own, of `task`
     seed: int = knob(ge=0)
-    threads: int | None = field(default=MISSING, metadata={"ge": 1})  # null: all cores
+    threads: int = knob(ge=1)
     accelerator: str = knob(among=("auto", "cpu", "gpu"))
     trust_remote_code: bool = MISSING
     task: Any = None
@@ -344,6 +344,7 @@ def conf_dir() -> Path:
 def check(composed: DictConfig) -> Root:
     """`composed` as a Root, every key known, of its type, in its range. Raises ConfigError."""
     raw = _plain(composed)
+    _check_list(raw)
     schema = OmegaConf.structured(Root)
     for group, kinds in KINDS.items():
         schema[group] = OmegaConf.structured(_kind(kinds, raw.get(group), group))
@@ -368,6 +369,7 @@ def check(composed: DictConfig) -> Root:
 def check_analyze(composed: DictConfig) -> Analyze:
     """`composed` as the config of `itermerge-analyze`. Raises ConfigError."""
     raw = _plain(composed)
+    _check_list(raw)
     schema = OmegaConf.structured(Analyze)
     for group in ("task", "sampler"):
         schema[group] = OmegaConf.structured(_kind(KINDS[group], raw.get(group), group))
@@ -383,6 +385,12 @@ def _plain(composed: DictConfig) -> dict[str, Any]:
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'config'}: {_first_line(error)}") from error
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items() if k != "hydra"}
+
+
+def _check_list(raw: Mapping[str, Any]) -> None:
+    asked = raw["analysis"].get("importance") if isinstance(raw.get("analysis"), dict) else []
+    if isinstance(asked, str):
+        raise ConfigError(f"analysis.importance: expected a list; write analysis.importance=[{asked}]")
 
 
 def _check_analysis(analysis: Analysis | AnalyzeAnalysis) -> None:

@@ -108,6 +108,27 @@ def mean_interval(tasks: Sequence[Sequence[int]], resamples: int = 2000) -> tupl
     return float(rates.mean()), float(low), float(high)
 
 
+def difference_interval(a: tuple[int, int], b: tuple[int, int]) -> tuple[float, float, float]:
+    """Difference of two independent proportions, (correct, n) each, with Newcombe's 95% score interval (1998)."""
+    (p, q), (low_a, high_a), (low_b, high_b) = (c / n for c, n in (a, b)), wilson(*a), wilson(*b)
+    return p - q, p - q - math.hypot(p - low_a, high_b - q), p - q + math.hypot(high_a - p, q - low_b)
+
+
+def gap_interval(
+    base: Mapping[str, Any], now: Mapping[str, Any], id_task: str, ood: Sequence[str], resamples: int = 2000
+) -> tuple[float, float, float]:
+    """(gain of the ID task) - (mean gain of the OOD tasks) between two scores.json, with a 95% bootstrap interval:
+    items resampled within each task, paired."""
+    gains = {t: np.subtract(now[t]["correct"], base[t]["correct"]).astype(float) for t in (id_task, *ood)}
+    rng, gap, drawn = np.random.default_rng(0), 0.0, np.zeros(resamples)
+    for task, gain in gains.items():
+        weight = 1.0 if task == id_task else -1.0 / len(ood)
+        counts = rng.multinomial(len(gain), np.full(len(gain), 1 / len(gain)), resamples)
+        gap, drawn = gap + weight * float(gain.mean()), drawn + weight * (counts @ gain) / len(gain)
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    return gap, float(low), float(high)
+
+
 def ratio_interval(above: Sequence[float], below: Sequence[float], resamples: int = 2000) -> tuple[float, float, float]:
     """sum(above) / sum(below) over problems, with a 95% bootstrap interval: problems resampled."""
     a, b = np.array(above, float), np.array(below, float)

@@ -152,6 +152,7 @@ class RunRecord:
         self.rounds: list[dict[str, float]] = []
         self.importance: dict[str, dict[str, Any]] = {}  # by prefix of the metrics
         self.update: Model | None = None  # that of the last round
+        self.base: Artifact | None = None  # its scores
         self.failed: dict[str, str] = {}
 
     def attempt(self, what: str, make: Callable[[], T]) -> T | None:
@@ -190,7 +191,7 @@ class RunRecord:
         held_out = bench.held_out_samples(merged.model, number) if self.cfg.suite.pass_k_n else None
         probed = self.attempt(f"round {number}: diversity", partial(bench.probe, merged.model, number, held_out))
         if probed:
-            metrics |= stages.probe_metrics(probed, metrics["id/acc"])
+            metrics |= stages.probe_metrics(probed, bench.unseen(scores))
         if pre_scores:
             metrics |= {f"pre_merge/{name}": value for name, value in bench.figures(pre_scores).items()}
         if samples:
@@ -208,11 +209,10 @@ class RunRecord:
             metrics |= stages.layer_metrics(changed)
             for name, table in self.importance.items():
                 metrics |= self.mismatch(number, name, table, changed)
-        if self.rounds:
-            first = self.rounds[0]
-            metrics["gap/superficiality"] = (metrics["id/acc"] - first["id/acc"]) - (
-                metrics["ood/acc"] - first["ood/acc"]
-            )
+        if self.base is None:
+            self.base = scores
+        else:
+            metrics |= bench.superficiality(self.base, scores)
 
         folder = self.folder / "rounds" / f"{number:02d}"
         (folder / "round.json").unlink(missing_ok=True)
@@ -253,6 +253,8 @@ class RunRecord:
 
     def summary(self, bench: Bench, seconds: float) -> dict[str, Any]:
         """summary.json and timing.json; the summary."""
+        if self.cfg.analysis.importance and not self.importance:
+            self.failed["importance"] = "no round had verified solutions of the base to measure it on"
         best = max(range(len(self.rounds)), key=lambda t: (self.rounds[t]["val/id/acc"], -t))
         tally = bench.store.tally
         summary = {

@@ -560,6 +560,17 @@ class Bench:
 
     # --- figures -----------------------------------------------------------------------------------------------
 
+    def unseen(self, scores: Artifact) -> list[int]:
+        """Verdicts on all ID problems that are never practised: test and validation items."""
+        read = json.loads((scores.folder / "scores.json").read_text())
+        return read[self.task.name]["correct"] + read[f"val/{self.task.name}"]["correct"]
+
+    def superficiality(self, base: Artifact, now: Artifact) -> dict[str, float]:
+        """gap/superficiality, ID gain minus OOD gain, with _low and _high."""
+        then, scores = (json.loads((a.folder / "scores.json").read_text()) for a in (base, now))
+        gap = evaluation.gap_interval(then, scores, self.task.name, [*self.near, *self.far])
+        return {f"gap/superficiality{end}": v for end, v in zip(("", "_low", "_high"), gap, strict=True)}
+
     def figures(self, scores: Artifact) -> dict[str, float]:
         """The flat metrics of a scores.json; here, and only here, tasks get their roles."""
         read = json.loads((scores.folder / "scores.json").read_text())
@@ -718,17 +729,19 @@ def _passes(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
     return {str(k): sum(evaluation.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
 
 
-def probe_metrics(artifact: Artifact, held_out: float) -> dict[str, float]:
+def probe_metrics(artifact: Artifact, held_out: Sequence[int]) -> dict[str, float]:
     """sample/*, diversity/*, kl/ood and train/acc, each with _low and _high (95%, problems resampled), and
-    gap/memorisation: accuracy on training problems minus `held_out`, that on others of the same task."""
+    gap/memorisation: accuracy on training problems minus that on `held_out`, verdicts on others of the same task."""
     ratios: dict[str, tuple[list[float], list[float]]] = json.loads((artifact.folder / "probe.json").read_text())
     out = {}
     for name, (above, below) in ratios.items():
         if sum(below):
             value, low, high = evaluation.ratio_interval(above, below)
             if name == "train/acc":
-                low, high = evaluation.wilson(int(sum(above)), len(above))
-                out["gap/memorisation"] = value - held_out
+                counts = (int(sum(above)), len(above)), (sum(held_out), len(held_out))
+                low, high = evaluation.wilson(*counts[0])
+                gap = zip(("", "_low", "_high"), evaluation.difference_interval(*counts), strict=True)
+                out |= {f"gap/memorisation{end}": v for end, v in gap}
             out.update({name: value, f"{name}_low": low, f"{name}_high": high})
     return out
 

@@ -117,10 +117,13 @@ def table(units: Sequence[Layers], share: float) -> list[dict[str, Any]]:
             held = [float(top_share(u.values[name].mean(0), u.energy, k)) for u in own]
             rhos = np.stack([spearman(d, u.change) for d, u in zip(drawn, own, strict=True)], 1)
             helds = np.stack([top_share(d, u.energy, k) for d, u in zip(drawn, own, strict=True)], 1)
+            squared = [float(spearman(u.values[name].mean(0), u.energy)) for u in own]
+            squares = np.stack([spearman(d, u.energy) for d, u in zip(drawn, own, strict=True)], 1)
             p = [permutation_p(u.values[name].mean(0).tolist(), u.change.tolist()) for u in own]
             row["Spearman"] = _interval(rho, rhos, weights, "+.2f")
             row["sign"] = f"{sum(r * np.mean(rho) > 0 for r in rho)}/{len(own)}"
             row["p < .05"] = f"{sum(x < 0.05 for x in p)}/{len(own)}"
+            row["Spearman, squared change"] = _interval(squared, squares, weights, "+.2f")
             row[f"top {k} of {layers} hold"] = _interval([100 * h for h in held], 100 * helds, weights, ".1f")
             row["if even"] = f"{100 * k / layers:.1f}"
             rows.append(row)

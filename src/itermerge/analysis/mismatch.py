@@ -70,12 +70,13 @@ def interval_of_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def mismatch(values: Mapping[str, np.ndarray], layers: Mapping[str, Any], share: float) -> dict[str, float]:
-    """{<estimator>/spearman, _low, _high, <estimator>/p, <estimator>/top_share, _low, _high, <estimator>/top_expected}
-    and top_k.
+    """{<estimator>/spearman, _low, _high, <estimator>/p, <estimator>/spearman_squared, _low, _high,
+    <estimator>/top_share, _low, _high, <estimator>/top_expected} and top_k.
 
     `values` are importances (examples, layers) by estimator; `layers` is a table of `layer_change`, of which the
-    relative change and the share of the squared change are compared with them. Intervals: examples resampled, never
-    layers. What is not defined (one layer, no change) is left out.
+    relative change (spearman) and the share of the squared change (spearman_squared, top_share) are compared with them;
+    the two need not agree: a layer with large weights may change little for its norm and hold much of the squared
+    change. Intervals: examples resampled, never layers. What is not defined (one layer, no change) is left out.
     """
     names = sorted((n for n in layers if n.startswith("layer_")), key=lambda n: int(n.removeprefix("layer_")))
     rows = [layers[name] for name in names]
@@ -86,6 +87,7 @@ def mismatch(values: Mapping[str, np.ndarray], layers: Mapping[str, Any], share:
         mean, drawn = examples.mean(0), resampled_means(examples)
         figures = {
             "spearman": (float(spearman(mean, change)), spearman(drawn, change)),
+            "spearman_squared": (float(spearman(mean, energy)), spearman(drawn, energy)),
             "top_share": (float(top_share(mean, energy, k)), top_share(drawn, energy, k)),
         }
         for what, (value, resampled) in figures.items():

@@ -36,7 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 RUN_FIGURES = ("id_ood", "importance_change", "layers", "diversity", "pass_at_k")
-SWEEP_FIGURES = ("id_ood", "heatmap", "vs_vanilla", "pareto", "layers", "mismatch")
+SWEEP_FIGURES = ("id_ood", "heatmap", "vs_vanilla", "pareto", "collapse", "layers", "mismatch")
 
 
 def run(folder: Path) -> list[Path]:
@@ -63,6 +63,8 @@ def analysis(folder: Path) -> list[Path]:
 def _write(made: page.Page, folder: Path, names: dict[str, str]) -> list[Path]:
     path = page.write(made, folder / "report.html")
     pictures = {f.name: f for f in made.figures() if f.name in names}
+    for n in names.keys() - pictures.keys():  # of an earlier report
+        (folder / "figures" / f"{names[n]}.png").unlink(missing_ok=True)
     return [
         path,
         *(charts.write_png(pictures[n], folder / "figures" / f"{names[n]}.png") for n in names if n in pictures),
@@ -75,7 +77,7 @@ def kind_of(folder: Path) -> str:
         raise ReportError(f"{folder} is no folder")
     if (folder / "sweep.json").is_file() or any((d / "config.yaml").is_file() for d in job_folders(folder)):
         return "sweep"
-    if (folder / "analysis.json").is_file() or (folder / "layers.json").is_file():
+    if (folder / "analysis.json").is_file() or ((folder / "layers.json").is_file() and (folder / "cli.log").is_file()):
         return "analysis"
     if (folder / "rounds.jsonl").is_file() or (folder / "config.yaml").is_file():
         return "run"

@@ -122,6 +122,11 @@ def ramp(n: int) -> list[str]:
     return [_blend(_RAMP[int(a)], _RAMP[min(int(a) + 1, len(_RAMP) - 1)], a % 1) for a in at]
 
 
+def greys(n: int) -> list[str]:
+    """`n` greys that can be told apart where there are few."""
+    return [GREY] if n == 1 else [_blend("#555B62", "#BCC2C9", i / (n - 1)) for i in range(n)]
+
+
 def _blend(a: str, b: str, share: float) -> str:
     pairs = [(int(a[i : i + 2], 16), int(b[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(x + (y - x) * share):02X}" for x, y in pairs)

@@ -59,7 +59,7 @@ def _subtitle(config: Mapping[str, Any]) -> str:
     model = config.get("model.path") or config.get("model.kind")
     return (
         f"model {model}; task {task_of(config)}, {config.get('task.n_train')} problems a round, "
-        f"{config.get('sampler.n')} samples each; {config.get('rounds')} rounds; "
+        f"{config.get('sampler.n')} samples each; {config.get('rounds')} round{'s' * (config.get('rounds') != 1)}; "
         f"{config.get('suite.n')} test items a task"
     )
 
@@ -79,7 +79,10 @@ def tiles(run: Run) -> list[Tile]:
         )
     ]
     if (gap := number(final, "gap/superficiality")) is not None:
-        out.append(Tile("superficiality gap", signed(100 * gap, "+.1f"), "points: ID gain minus OOD gain"))
+        low, high = (number(final, f"gap/superficiality{end}") for end in ("_low", "_high"))
+        known = low is not None and high is not None
+        said = f"[{signed(100 * low, '+.1f')}, {signed(100 * high, '+.1f')}] " if known else ""  # pyright: ignore
+        out.append(Tile("superficiality gap", signed(100 * gap, "+.1f"), f"{said}points: ID gain minus OOD gain"))
     out.append(_pair(base, final, "sample/pass@1", "pass@1"))
     entropy = [number(line, "diversity/token_entropy") for line in (base, final)]
     if entropy[0] is not None and entropy[1] is not None:
@@ -186,7 +189,7 @@ def gaps(rounds: Sequence[Line]) -> Figure | None:
     """Superficiality and memorisation over rounds, in points."""
     named = {
         "gap/superficiality": ("superficiality", "gain in domain minus gain out of domain", charts.PURPLE),
-        "gap/memorisation": ("memorisation", "accuracy on training prompts minus on held-out ones", charts.GREEN),
+        "gap/memorisation": ("memorisation", "accuracy on training prompts minus on unseen ones", charts.GREEN),
     }
     panels = [
         charts.curves([title, said], rows, {title: colour}, y="points", levels=[{"value": 0, "what": "none"}])
@@ -281,8 +284,11 @@ def importance_blocks(
 
 _SOURCES = {"verified": "verified solutions of the base", "file": "solutions from a file"}
 _HOW_TO_READ = (
-    "How to read it: where bars are high and the line is low, the update goes into layers that matter little; ρ below "
-    "0, and a share of the squared update in the top layers below an even spread, say the same."
+    "How to read it: where bars are high and the line is low, the update goes into layers that matter little, the "
+    "paper's claim. There are two measures of change, which need not agree. The lines and the first ρ are of the "
+    "change relative to a layer's own weights; the second ρ and what the top layers hold are of its part of the "
+    "squared update, where layers with larger weights count more. Intervals resample the solutions, never the layers; "
+    "p permutes the layers, and says whether so few of them can show anything."
 )
 
 
@@ -327,13 +333,18 @@ def mismatch_text(line: Line, estimator: str) -> list[str]:
         low, high = number(line, f"{at}/spearman_low"), number(line, f"{at}/spearman_high")
         interval = "" if low is None or high is None else f" [{signed(low)}, {signed(high)}]"
         p = number(line, f"{at}/p")
-        said.append(f"ρ = {signed(rho)}{interval}" + ("" if p is None else f", {p_value(p)}"))
+        tail = "" if p is None else f", {p_value(p)}"
+        said.append(f"relative change: ρ = {signed(rho)}{interval}{tail}")
+    parts = []
+    if (squared := number(line, f"{at}/spearman_squared")) is not None:
+        parts.append(f"ρ = {signed(squared)}")
     share, even = number(line, f"{at}/top_share"), number(line, f"{at}/top_expected")
     if share is not None:
         k = number(line, "mismatch/top_k")
         who = "top layers hold" if k is None else f"top {k:.0f} layers hold" if k != 1 else "the top layer holds"
-        spread = "" if even is None else f" ({100 * even:.0f}% if spread evenly)"
-        said.append(f"{who} {100 * share:.0f}% of the squared update{spread}")
+        parts.append(f"{who} {100 * share:.0f}%" + ("" if even is None else f" ({100 * even:.0f}% if spread evenly)"))
+    if parts:
+        said.append(f"squared update: {'; '.join(parts)}")
     return said
 
 

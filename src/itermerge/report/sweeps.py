@@ -51,7 +51,11 @@ def page(folder: Path, jobs: Sequence[Job]) -> Page:
             Section("heatmaps", "Ratio and rounds", [*ratio_blocks(jobs), *vanilla_blocks(jobs)]),
             Section("tradeoff", "In domain against out of domain", pareto_blocks(chosen)),
             Section("curves", "Over rounds", curve_blocks(chosen)),
-            Section("diversity", "Diversity at the end", [*diversity_blocks(chosen[:ROWS]), *_cut(chosen)]),
+            Section(
+                "diversity",
+                "Diversity",
+                [*collapse_blocks(chosen), *diversity_blocks(chosen[:ROWS]), *_cut(chosen)],
+            ),
             Section("layers", "Layers", [*layer_blocks(chosen), *mismatch_blocks(chosen[:ROWS]), *_cut(chosen)]),
             *sections,
         ]
@@ -130,7 +134,8 @@ def colours_of(chosen: Sequence[Setting]) -> dict[str, str]:
     picked = (
         dict(zip(others, charts.ramp(len(others)), strict=True)) if ordered and others else charts.categories(others)
     )
-    return {short: charts.GREY if is_vanilla else picked[short] for short, is_vanilla in vanilla.items()}
+    greys = iter(charts.greys(sum(vanilla.values())))
+    return {short: next(greys) if is_vanilla else picked[short] for short, is_vanilla in vanilla.items()}
 
 
 def _legend(colours: Mapping[str, str]) -> Mapping[str, str]:
@@ -185,18 +190,18 @@ def _band(chosen: Sequence[Setting]) -> str:
     return f"lowest to highest of {most} seeds" if most > 1 else "95% interval over test items"
 
 
-def over_rounds(setting: Setting, name: str) -> list[dict[str, Any]]:
+def over_rounds(setting: Setting, name: str, scale: float = 100) -> list[dict[str, Any]]:
     """A metric's rows for `charts.curves`: of one seed with its 95% interval, of several their mean, from lowest to
     highest; up to the round that all seeds reached."""
     rows = []
     for t in range(min(len(j.rounds) for j in setting.jobs)):
         lines = [j.rounds[t] for j in setting.jobs]
-        values = [100 * v for line in lines if (v := number(line, name)) is not None]
+        values = [scale * v for line in lines if (v := number(line, name)) is not None]
         if not values:
             continue
         low, high = min(values), max(values)
         if len(setting.jobs) == 1:
-            low, high = (None if (v := number(lines[0], name + e)) is None else 100 * v for e in ("_low", "_high"))
+            low, high = (None if (v := number(lines[0], name + e)) is None else scale * v for e in ("_low", "_high"))
         rows.append({"x": t, "series": setting.short, "value": fmean(values), "low": low, "high": high})
     return rows
 
@@ -359,6 +364,31 @@ def end_values(chosen: Sequence[Setting], name: str, scale: float = 1) -> list[d
     return rows
 
 
+def collapse_blocks(chosen: Sequence[Setting]) -> list[Block]:
+    """pass@1, pass@k, entropy and different solutions over rounds, a line a setting: collapse shows as the first going
+    up and the others down."""
+    colours, lines = colours_of(chosen), [j.rounds[-1] for s in chosen for j in s.jobs]
+    ks = sorted({int(k) for line in lines for n in line if (k := n.removeprefix("sample/pass@")).isdigit()})
+    named = {f"sample/pass@{k}": (f"pass@{k}", "%", 100.0, ".1f") for k in dict.fromkeys((ks[0], ks[-1]) if ks else ())}
+    named["diversity/token_entropy"] = ("token entropy", "nats a token", 1.0, ".3f")
+    named["diversity/distinct"] = ("different solutions", "%", 100.0, ".1f")
+    panels = []
+    for rest, row in _rows_of_panels(chosen).items():
+        for name, (title, unit, scale, form) in named.items():
+            if rows := [point for s in row for point in over_rounds(s, name, scale)]:
+                mine = {s.short: colours[s.short] for s in row} if not _legend(colours) else colours
+                panels.append(
+                    charts.curves(
+                        _titled(title, rest), rows, mine, y=unit, form=form, band=_band(chosen), width=225,
+                        legend=bool(_legend(colours)),
+                    )
+                )  # fmt: skip
+    if not panels:
+        return []
+    caption = f"band: {_band(chosen)}; collapse: pass@1 up, the others down"
+    return [Charts(Figure("collapse", panels, _legend(colours), columns=len(named), caption=caption), "Over rounds")]
+
+
 def diversity_blocks(chosen: Sequence[Setting]) -> list[Block]:
     """Diversity and pass@k of the last round, a dot a setting, the base dotted."""
     colours = colours_of(chosen)
@@ -389,7 +419,7 @@ def diversity_blocks(chosen: Sequence[Setting]) -> list[Block]:
     if not panels:
         return [Note("no diversity figures: the jobs were run with suite.pass_k_n=0", warn=True)]
     caption = "last round; whiskers: 95% over seeds, of one seed over problems; dotted: the base"
-    return [Charts(Figure("diversity", panels, caption=caption))]
+    return [Charts(Figure("diversity", panels, caption=caption), "At the end")]
 
 
 def layer_blocks(chosen: Sequence[Setting]) -> list[Block]:
@@ -447,7 +477,11 @@ def mismatch_blocks(chosen: Sequence[Setting]) -> list[Block]:
         return [Note("no mismatch figures: no job measured layer importance (analysis.importance)")]
     caption = "last round; whiskers: 95% over seeds, of one seed over examples; dotted: ρ = 0, and k / L"
     blocks: list[Block] = [Charts(Figure("mismatch", panels, columns=2, caption=caption), "Importance against change")]
-    return [*blocks, Note("Left of a dotted line the update avoids the layers that matter: the paper's claim.")]
+    said = (
+        "Left of a dotted line the update avoids the layers that matter: the paper's claim. The two columns may "
+        "differ: ρ is of the change relative to a layer's own weights, the share of its part of the squared update."
+    )
+    return [*blocks, Note(said)]
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------------
