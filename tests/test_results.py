@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from itermerge import study
+from itermerge import study, study_layers
 
 RESULTS = Path(__file__).parent.parent / "results"
 STUDIES = sorted(f.parent.name for f in RESULTS.glob(f"*/{study.CHAINS}"))
@@ -42,3 +42,19 @@ def test_no_chain_names_a_folder_of_a_machine() -> None:
         for method in study.read([RESULTS / name])[0]:
             for chain in method.chains.values():
                 assert not re.search(r'"[/~]', chain.line())
+
+
+@pytest.mark.parametrize("name", ["lab_layers", "smollm2_layers"])
+def test_tables_of_layers_are_those_of_the_units_and_stand_in_the_readme(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("itermerge.analysis.mismatch.RESAMPLES", 2)
+    monkeypatch.setattr(study_layers, "RESAMPLES", 2)
+    with (RESULTS / name / "mismatch.csv").open() as file:
+        kept = list(csv.DictReader(file))
+    made = study_layers.table(study_layers.read([RESULTS / name], None), 0.25)
+    assert [{k: _means(str(v)) for k, v in row.items()} for row in made] == [
+        {k: _means(v) for k, v in row.items()} for row in kept
+    ]
+    readme = (RESULTS.parent / "README.md").read_text()
+    assert all("| " + " | ".join(row.values()) + " |" in readme for row in kept)
