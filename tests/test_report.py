@@ -599,6 +599,19 @@ def test_a_picture_of_an_earlier_report_goes(tmp_path: Path) -> None:
     assert not picture.exists()
 
 
+def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path / "run")
+    report.main([str(folder)])
+    assert "note:" not in capsys.readouterr().err
+    (folder / "rounds" / "00" / "importance.json").write_text("")
+    with (folder / "rounds.jsonl").open("a") as file:
+        file.write('{"round": 9, "id/')
+    report.main([str(folder)])
+    said = capsys.readouterr().err
+    assert "rounds.jsonl has 1 line that cannot be read (cut off): left out" in said
+    assert re.search(r"note: .*round 2 has no layer figures|note: .*no layers\.json", said), said
+
+
 def test_a_rounds_folder_is_no_comparison(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with pytest.raises(report.ReportError, match="is no run"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -35,16 +35,22 @@ __all__ = [
     "read_run", "read_sweep", "retention", "run", "sweep",
 ]  # fmt: skip
 
+Say = Callable[[str], None]
 RUN_FIGURES = ("id_ood", "importance_change", "layers", "diversity", "pass_at_k")
 SWEEP_FIGURES = ("id_ood", "heatmap", "vs_vanilla", "pareto", "collapse", "layers", "mismatch")
 
 
-def run(folder: Path) -> list[Path]:
-    """Writes report.html and figures/*.png of a run folder, finished or not; their paths."""
-    return _write(runs.page(read_run(folder)), folder, {name: name for name in RUN_FIGURES})
+def _nobody(_: str) -> None:
+    """Hears nothing."""
 
 
-def sweep(folder: Path) -> tuple[Table, list[Path]]:
+def run(folder: Path, say: Say = _nobody) -> list[Path]:
+    """Writes report.html and figures/*.png of a run folder, finished or not; their paths. `say` is told what is missing
+    or cannot be read."""
+    return _write(runs.page(read_run(folder)), folder, {name: name for name in RUN_FIGURES}, say)
+
+
+def sweep(folder: Path, say: Say = _nobody) -> tuple[Table, list[Path]]:
     """Writes sweep.csv, jobs.csv, report.html and figures/*.png of a sweep folder; the console table, and the paths of
     page and figures."""
     jobs = read_sweep(folder)
@@ -52,15 +58,17 @@ def sweep(folder: Path) -> tuple[Table, list[Path]]:
     names = {name: name for name in SWEEP_FIGURES}
     if (folder / "optuna.log").is_file():
         names["pareto"] = "pareto_test"  # pareto.png is the search's own, of validation items
-    return table, _write(sweeps.page(folder, jobs), folder, names)
+    return table, _write(sweeps.page(folder, jobs), folder, names, say)
 
 
-def analysis(folder: Path) -> list[Path]:
+def analysis(folder: Path, say: Say = _nobody) -> list[Path]:
     """Writes report.html and figures/*.png of a comparison of two checkpoints; their paths."""
-    return _write(runs.analysis_page(folder), folder, {name: name for name in RUN_FIGURES})
+    return _write(runs.analysis_page(folder), folder, {name: name for name in RUN_FIGURES}, say)
 
 
-def _write(made: page.Page, folder: Path, names: dict[str, str]) -> list[Path]:
+def _write(made: page.Page, folder: Path, names: dict[str, str], say: Say) -> list[Path]:
+    for text in made.missing():
+        say(f"{folder}: {text}")
     path = page.write(made, folder / "report.html")
     pictures = {f.name: f for f in made.figures() if f.name in names}
     for n in names.keys() - pictures.keys():  # of an earlier report
@@ -87,13 +95,13 @@ def kind_of(folder: Path) -> str:
     )
 
 
-def make(folder: Path, jobs: bool = False) -> list[Path]:
+def make(folder: Path, jobs: bool = False, say: Say = _nobody) -> list[Path]:
     """The report of whatever a folder holds, with `jobs` those of a sweep's jobs before it; the paths."""
     kind = kind_of(folder)
     if kind != "sweep":
-        return run(folder) if kind == "run" else analysis(folder)
-    own = [p for d in job_folders(folder) if jobs for p in run(d)]
-    table, paths = sweep(folder)
+        return run(folder, say) if kind == "run" else analysis(folder, say)
+    own = [p for d in job_folders(folder) if jobs for p in run(d, say)]
+    table, paths = sweep(folder, say)
     Console().print(table)
     return own + paths
 
@@ -112,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for folder in given.folders:
             kind_of(folder)
         for folder in given.folders:
-            for path in make(folder, given.jobs):
+            for path in make(folder, given.jobs, lambda text: print(f"note: {text}", file=sys.stderr)):
                 print(path)
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -103,6 +103,11 @@ class Page:
     notes: list[Note]
     sections: list[Section] = field(default_factory=list)
 
+    def missing(self) -> list[str]:
+        """What the page says is missing, failed or cannot be read."""
+        blocks = [b for s in self.sections for b in s.blocks if isinstance(b, Note)]
+        return [note.text for note in (*self.notes, *blocks) if note.warn]
+
     def figures(self) -> list[charts.Figure]:
         return [b.figure for s in self.sections for b in s.blocks if isinstance(b, Charts)]
 
