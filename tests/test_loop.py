@@ -756,7 +756,7 @@ def test_gold_solutions_that_do_not_fit_are_left_out(
     monkeypatch.setattr(Policy, "context", 40)
     words = ("sampler.max_new_tokens=4", "sft.max_length=40", "rounds=1", "loop.on_empty=skip")
     summary = run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", *words)
-    assert summary["analysis_failed"] == {}
+    assert summary["analysis_failed"].keys() == {"importance"}  # nothing is solved in four tokens
     base = read_rounds(tmp_path / "run")[0]
     assert {"sample/pass@1", "diversity/self_bleu", "train/acc"} <= base.keys()
 
