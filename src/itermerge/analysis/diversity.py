@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from sacrebleu.metrics.bleu import BLEU
 from torch import Tensor
 
 from ..evaluation import pass_at_k
@@ -89,8 +90,6 @@ def majority_at_k(correct: int, others: Sequence[tuple[Any, int]], k: int) -> fl
 def self_bleu(samples: Sequence[Sequence[int]]) -> float:
     """Mean BLEU-4 (0 to 1) of each sample against all others of its problem (1802.01886), over token ids, by sacreBLEU
     with exponential smoothing; orders that a short sample has not are left out. 1 for identical samples, 0 for one."""
-    from sacrebleu.metrics.bleu import BLEU
-
     bleu = BLEU(tokenize="none", effective_order=True)
     counts = Counter(" ".join(map(str, s)) for s in samples)
     if len(samples) < 2:
