@@ -81,6 +81,16 @@ def compose_config(*overrides: str) -> Any:
         return compose("config", list(overrides))
 
 
+def compose_analyze(*overrides: str) -> Any:
+    """What Hydra hands to `itermerge-analyze` for this command line."""
+    from hydra import compose, initialize_config_dir
+
+    from itermerge.config import conf_dir
+
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        return compose("analyze", list(overrides))
+
+
 def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
     """One small run in this process, without Hydra's job around it; its summary."""
     from itermerge import cli, loop

@@ -20,7 +20,7 @@ from scipy import stats
 
 from itermerge import study_layers
 from itermerge.analysis.change import layer_change
-from itermerge.policy import read_weights
+from itermerge.policy import Policy, read_weights
 from itermerge.stages import LAB_SEED0
 from itermerge.study import StudyError
 
@@ -251,3 +251,34 @@ def test_a_study_of_nothing_or_of_twins_is_refused(chains: Path, tmp_path: Path)
     (run / "rounds" / "00" / "importance.json").unlink()
     with pytest.raises(StudyError, match=r"has no importance\.json"):
         study_layers.read([run], None)
+
+
+def test_dtype_and_solutions_a_problem_are_heeded(tmp_path: Path) -> None:
+    """One solution a problem, and samples of a bfloat16 copy, while importance is of the float32 weights."""
+    words = (f"base={LAB_SEED0}", f"tuned={LAB_SEED0}", "task.family=find", "task.n_train=4", "sampler.n=8")
+    words += ("analysis.importance=[angular]", "task.max_solutions=1", "sampler.dtype=bfloat16")
+    done = _analyze(tmp_path, *words, "out=out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "importance.json").read_text())["examples"] <= 4
+
+
+def test_samples_come_from_a_copy_in_the_dtype_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from conftest import compose_analyze
+
+    from itermerge import analyze
+    from itermerge.config import check_analyze
+
+    seen: list[torch.dtype] = []
+
+    def sample(policy: Any, *_: Any, **__: Any) -> list[list[Any]]:
+        seen.append(next(policy.model.parameters()).dtype)
+        return []
+
+    monkeypatch.setattr(analyze.evaluation, "sample", sample)
+    monkeypatch.setattr(analyze, "zip", lambda *_, **__: [], raising=False)
+    policy = Policy(LAB_SEED0)
+    for asked in ("float32", "bfloat16"):
+        cfg = check_analyze(compose_analyze("base=a", "tuned=b", "out=c", f"sampler.dtype={asked}", "task.n_train=2"))
+        analyze._own_solutions(cfg, policy)
+    assert seen == [torch.float32, torch.bfloat16]
+    assert next(policy.model.parameters()).dtype == torch.float32

@@ -612,6 +612,23 @@ def test_the_command_says_what_is_missing(tmp_path: Path, capsys: pytest.Capture
     assert "rounds/00/importance.json cannot be read" in said
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("summary.json", {"best_round_by_validation": -5}), ("summary.json", {"stages": {"computed": 3}}),
+        ("summary.json", {"best_round_by_validation": None}),
+        ("rounds/00/importance.json", {"estimators": {"skip": {"layer_x": {"mean": 1.0}}}}),
+    ],
+)  # fmt: skip
+def test_files_that_parse_and_make_no_sense_crash_no_report(file: str, content: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "0")
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    (tmp_path / "sweep.json").write_text(json.dumps({"jobs": 3}))
+    assert report.run(folder)[0].is_file()
+    assert report.sweep(tmp_path)[1][0].is_file()
+
+
 def test_a_rounds_folder_is_no_comparison(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     with pytest.raises(report.ReportError, match="is no run"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 
 from . import evaluation, stages
@@ -98,7 +99,11 @@ def _own_solutions(cfg: Analyze, policy: Policy) -> list[dict[str, str]]:
     problems = task.problems("train", cfg.task.n_train, cfg.seed)
     check_gold(task, problems)
     log.info("sampling %d solutions of %d problems of %s", len(problems) * sampler.n, len(problems), task.name)
-    with progress(f"sampling solutions of {task.name}", len(problems) * sampler.n) as tick:
+    dtype = getattr(torch, stages.sampling_dtype(sampler.dtype, policy.device.type))
+    with (
+        progress(f"sampling solutions of {task.name}", len(problems) * sampler.n) as tick,
+        stages.in_dtype(policy, dtype),
+    ):
         made = evaluation.sample(
             policy, task, problems, sampler.n, derive_seed(cfg.seed, "analyze"), temperature=sampler.temperature,
             top_p=sampler.top_p, max_new_tokens=sampler.max_new_tokens, batch_size=sampler.batch_size,
@@ -107,7 +112,9 @@ def _own_solutions(cfg: Analyze, policy: Policy) -> list[dict[str, str]]:
     return [
         {"id": p.id, "prompt": p.prompt, "completion": text}
         for p, completions in zip(problems, made, strict=True)
-        for text in dict.fromkeys(c.text for c in completions if task.verify(p, c.text, c.finished).correct)
+        for text in [*dict.fromkeys(c.text for c in completions if task.verify(p, c.text, c.finished).correct)][
+            : cfg.task.max_solutions
+        ]
     ]
 
 

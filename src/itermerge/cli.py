@@ -81,9 +81,10 @@ def _analyze(composed: DictConfig) -> None:
         found, failed = {}, None
         try:
             found = analyze.analyze(cfg, folder)
-        except Exception as error:
+        except BaseException as error:
             if not (folder / "layers.json").exists():
                 (folder / "config.yaml").unlink()  # nothing was made: the folder may be used again
+            if not isinstance(error, Exception) or not (folder / "layers.json").exists():
                 raise
             failed = error
         made = report.analysis(folder)

@@ -133,15 +133,18 @@ def fast_at_bfloat16(device: str) -> bool:
     return any(cpu_flags().values())
 
 
+def sampling_dtype(asked: str, device: str) -> str:
+    """sampler.dtype, `auto` resolved."""
+    return asked if asked != "auto" else "bfloat16" if fast_at_bfloat16(device) else "float32"
+
+
 class Bench:
     """One run's tasks, problems, base and policy, and the stages over them."""
 
     def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
         self.cfg, self.store, self.scratch = cfg, store, scratch
         self.device = device_of(cfg.trainer.accelerator)
-        self.dtype, self.precision = cfg.sampler.dtype, cfg.trainer.precision
-        if self.dtype == "auto":
-            self.dtype = "bfloat16" if fast_at_bfloat16(self.device) else "float32"
+        self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
         if self.precision == "auto":
             self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
         kinds = sorted({s.kind for s in (cfg.task, *cfg.suite.near, *cfg.suite.far)})
@@ -645,7 +648,7 @@ class Bench:
         return self.policy
 
     def _sampler(self, model: Model) -> Any:
-        return _in_dtype(self._load(model), getattr(torch, self.dtype))
+        return in_dtype(self._load(model), getattr(torch, self.dtype))
 
     def _decode(self) -> dict[str, int]:
         return {"max_new_tokens": self.cfg.sampler.max_new_tokens, "batch_size": self.cfg.sampler.batch_size}
@@ -707,7 +710,7 @@ def _deterministic(cfg: Root, device: str) -> Iterator[None]:
             torch.use_deterministic_algorithms(False)
 
 
-class _in_dtype:
+class in_dtype:
     """The policy with a copy of its model in another dtype, while it samples; the float32 weights stay as they are."""
 
     def __init__(self, policy: Policy, dtype: torch.dtype) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -212,7 +212,10 @@ def ratio_blocks(jobs: Sequence[Job]) -> list[Block]:
     if reason := _unreadable(cells):
         return [Note(reason)]
     return [
-        Charts(_heats("heatmap", heat_cells(cells), "change from the base, in points", cells), "Change from the base")
+        Charts(
+            _heats("heatmap", heat_cells(cells, mean_change), "change from the base, in points", cells),
+            "Change from the base",
+        )
     ]
 
 
@@ -224,11 +227,13 @@ def _unreadable(cells: Mapping[str, Mapping[float, Sequence[Job]]]) -> str:
     return ""
 
 
-def heat_cells(cells: Mapping[str, Mapping[float, Sequence[Job]]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """{(row, metric): cells}: the mean change over jobs, in points."""
+def heat_cells(
+    cells: Mapping[str, Mapping[float, Sequence[Job]]], value: Callable[[Sequence[Job], str, int], float | None]
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """{(row, metric): cells}: `value` of the jobs of a ratio, a metric and a round, in points."""
     return {
         (name, metric): [
-            {"x": str(t), "y": f"{ratio:g}", "value": mean_change(ratios[ratio], metric, t)}
+            {"x": str(t), "y": f"{ratio:g}", "value": value(ratios[ratio], metric, t)}
             for ratio in sorted(ratios, reverse=True)
             for t in range(1, max(len(j.rounds) for group in ratios.values() for j in group))
         ]
@@ -279,14 +284,7 @@ def against_vanilla(
         found = [a - b for a, b in pairs if a is not None and b is not None]
         return fmean(found) if found else None
 
-    return {
-        (name, metric): [
-            {"x": str(t), "y": f"{ratio:g}", "value": difference(ratios[ratio], metric, t)}
-            for ratio in sorted(ratios, reverse=True)
-            for t in range(1, max(len(j.rounds) for group in ratios.values() for j in group))
-        ]
-        for name, ratios in cells.items() for metric in HEATS
-    }  # fmt: skip
+    return heat_cells(cells, difference)
 
 
 def pareto_blocks(chosen: Sequence[Setting]) -> list[Block]:
