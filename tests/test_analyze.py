@@ -20,9 +20,10 @@ from scipy import stats
 
 from itermerge import study_layers
 from itermerge.analysis.change import layer_change
-from itermerge.policy import Policy, read_weights
+from itermerge.policy import Policy
 from itermerge.stages import LAB_SEED0
 from itermerge.study import StudyError
+from itermerge.weights import read_weights
 
 
 def _variant(folder: Path, **edits: Any) -> Path:

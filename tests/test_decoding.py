@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from itermerge import decoding
 from itermerge.decoding import Completion, complete, draw, uniforms
-from itermerge.policy import Policy, PolicyError
+from itermerge.policy import Policy
 from itermerge.tasks import derive_seed
+from itermerge.weights import PolicyError
 
 PROMPTS = [
     "add 34+18?", "sum 34+18-15+27?", "sort qhcae?", "count a abcabcabca?", "max 101,305,233?", "find 10+?=44?",

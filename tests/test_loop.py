@@ -16,12 +16,13 @@ import itermerge
 from itermerge import cli, loop, sft, stages, tracking
 from itermerge.config import check
 from itermerge.decoding import complete
-from itermerge.policy import Policy, PolicyError, read_weights
+from itermerge.policy import Policy
 from itermerge.sft import SftError
 from itermerge.stages import EmptyRound
 from itermerge.store import Store, StoreError
 from itermerge.tasks import TaskError
 from itermerge.tracking import TrackingError, WandbTracker
+from itermerge.weights import PolicyError, read_weights
 
 STAGES = {"evaluate": 5, "held_out": 3, "sample": 2, "verify": 2, "fit": 2, "merge": 2, "analyze": 2,
           "update": 2, "probe": 3, "importance": 1}  # 2 rounds  # fmt: skip

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from itermerge import merging, stages
 from itermerge.merging import MergeCallback, MergeError, effective_ratio, events, linear, merge, merge_tensor
-from itermerge.policy import Policy, PolicyError, read_weights
+from itermerge.policy import Policy
 from itermerge.sft import Example, FitSpec, fit
+from itermerge.weights import PolicyError, read_weights
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 PAIRS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=40)

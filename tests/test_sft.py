@@ -15,8 +15,9 @@ import torch
 from conftest import enliven
 
 from itermerge import sft
-from itermerge.policy import Policy, digest_weights
+from itermerge.policy import Policy
 from itermerge.sft import Example, FitSpec, LanguageModel, SftError, collate, completion_loss, fit, lr_factor
+from itermerge.weights import digest_weights
 
 SPEC = FitSpec(
     epochs=2, lr=1e-3, batch_size=2, schedule="constant", warmup_ratio=0.0, weight_decay=0.0, betas=(0.9, 0.999),

@@ -131,7 +131,8 @@ def fake_download(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("fake_download")
 def test_a_gguf_file_becomes_a_policy(tmp_path: Path) -> None:
     from itermerge.decoding import complete
-    from itermerge.policy import Policy, read_weights
+    from itermerge.policy import Policy
+    from itermerge.weights import read_weights
 
     folder = smollm2.bring(tmp_path / "models" / "m")
     assert smollm2.is_whole(folder)

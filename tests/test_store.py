@@ -22,7 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from itermerge import policy, store
+from itermerge import store, weights
 from itermerge.store import Artifact, Store, StoreError, place
 
 ENVIRONMENT = {"torch": "2.0", "threads": 1}
@@ -221,10 +221,10 @@ def test_a_disk_that_fills_while_weights_are_written_is_said(
         raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     def writes(folder: Path) -> Mapping[str, Any]:
-        policy.write_folder(folder, {"w": torch.zeros(1)}, tiny_folder)
+        weights.write_folder(folder, {"w": torch.zeros(1)}, tiny_folder)
         return {}
 
-    monkeypatch.setattr(policy, "save_file", full)
+    monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(StoreError, match="the disk is full"):
         _stage(Store(tmp_path, ENVIRONMENT), writes)
 

@@ -21,10 +21,11 @@ from .analysis import change
 from .analysis.importance import importance
 from .analysis.mismatch import mismatch
 from .config import Analyze, ConfigError, label
-from .policy import Checkpoint, Policy, resolve
+from .policy import Policy, resolve
 from .sft import Example
 from .tasks import check_gold, derive_seed
 from .tracking import console, progress
+from .weights import Checkpoint, comparable
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def analyze(cfg: Analyze, folder: Path) -> dict[str, Any]:
     change is written."""
     solutions = None if cfg.solutions is None else read_solutions(Path(cfg.solutions).expanduser())
     at, other = resolve(cfg.base, key="base"), resolve(cfg.tuned, key="tuned")
-    base, tuned, notes = change.comparable(Checkpoint(at), Checkpoint(other))
+    base, tuned, notes = comparable(Checkpoint(at), Checkpoint(other))
     for note in notes:
         log.warning("%s", note)
     device, ranks = stages.device_of(cfg.accelerator), cfg.analysis.effective_rank

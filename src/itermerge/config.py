@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,17 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from .analysis import ESTIMATORS
+
+# The parts of merge rules (merging.law), and the parameters that each has.
+SPARSIFY: Mapping[str, tuple[str, ...]] = {
+    "none": (), "random": ("density", "rescale", "mask", "seed"), "magnitude": ("density", "scope"),
+    "rank": ("density", "epsilon", "mask", "seed"), "band": ("density", "gamma", "scope"),
+}  # fmt: skip
+COMBINE: Mapping[str, tuple[str, ...]] = {
+    "mean": (), "sum": (), "elect": (), "slerp": (), "stock": (), "tall": ("threshold",),
+    "consensus": ("threshold", "agree"), "function": ("function",),
+}  # fmt: skip
+WEIGHTED = ("mean", "sum", "elect")
 
 
 class ConfigError(ValueError):
@@ -150,11 +162,55 @@ class MergeNone:
 
 
 @dataclass
-class MergeLinear:
-    """`ratio` is the tuned model's share; the anchor is fixed for the round."""
+class RatioPolicy:
+    """Factors by which `merge.ratio` is multiplied; lists are spread over rounds, epochs or depth and interpolated."""
 
-    kind: str = "linear"
+    kind: str = MISSING
+    rounds: list[float] = MISSING  # over rounds 1 to `span`
+    span: int = knob(ge=1)
+    epochs: list[float] = MISSING  # over the epochs of a round
+    at_end: bool = MISSING  # no merge in any round but the last
+    layers: list[float] = MISSING  # over the depth; embeddings take the first, final norm and head the last
+    modules: list[Any] = MISSING  # {match, factor}, the first that fits counts
+    importance: str | None = MISSING  # an estimator
+    strength: float = knob(ge=-1, le=1)  # above 0: important layers move more
+    angle: bool = MISSING  # by the cosine of this round's update with that of the round before
+    search: list[float] = MISSING  # factors tried on validation items each round
+    metric: str = knob(among=("val/id/acc", "val/mean/acc"))  # by which the best of them is chosen
+    tolerance: float = knob(ge=0, le=1)  # the smallest factor that is no worse than the best by more than this
+
+
+@dataclass
+class Merge:
+    """A rule under the law of `merging.law`; a parameter is null where its parts do not have it.
+
+    `ratio` is the tuned model's share; the anchor is fixed for the round.
+    """
+
+    kind: str = MISSING  # the rule's name
     ratio: float = knob(ge=0, le=1)
+    over: str = knob(among=("tuned", "rounds"))  # of the difference to the anchor, or of all rounds' updates
+    sparsify: str = knob(among=tuple(SPARSIFY))
+    combine: str = knob(among=tuple(COMBINE))
+    density: float | None = field(default=MISSING, metadata={"gt": 0, "le": 1})  # share of the update that is kept
+    rescale: bool | None = MISSING  # divide what is kept by its probability
+    epsilon: float | None = field(default=MISSING, metadata={"ge": 0, "lt": 1})
+    gamma: float | None = field(default=MISSING, metadata={"ge": 0, "lt": 1})
+    scope: str | None = field(default=MISSING, metadata={"among": ("tensor", "model")})
+    weights: list[float] | None = MISSING  # of several tuned models
+    threshold: float | None = field(default=MISSING, metadata={"ge": 0})
+    agree: int | None = field(default=MISSING, metadata={"ge": 1})
+    mask: str | None = field(default=MISSING, metadata={"among": ("fresh", "fixed")})  # drawn anew each round, or not
+    seed: int | None = field(default=MISSING, metadata={"ge": 0})  # of masks
+    function: str | None = MISSING  # module.name of a rule of the user's own
+    params: dict[str, Any] = MISSING  # its keyword arguments
+    policy: RatioPolicy = field(default_factory=RatioPolicy)
+
+
+@dataclass
+class MergeEvents(Merge):
+    """A rule in training."""
+
     anchor: str = knob(among=("base", "previous", "mean"))
     every_n_epochs: Any = MISSING  # a whole number from 1, or "last"
     reset_optimizer: bool = MISSING
@@ -328,7 +384,7 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "model": {"lab": ModelLab, "hf": ModelHF},
     "task": {"lab": PracticeLab, "gym": PracticeGym, "words": PracticeWords},
     "sampler": {"hf": Sampler},
-    "merge": {"none": MergeNone, "linear": MergeLinear},
+    "merge": {"none": MergeNone, "*": MergeEvents},  # any other name: a rule, perhaps the user's own
     "logger": {"jsonl": LoggerJsonl, "wandb": LoggerWandb},
     "store": {"local": StoreLocal, "none": StoreNone},
 }
@@ -412,6 +468,8 @@ def to_dict(root: Root | Analyze) -> dict[str, Any]:
 def _kind(kinds: Mapping[str, type], node: Any, key: str) -> type:
     if not isinstance(node, dict):
         raise ConfigError(f"{key}: expected a group of keys with a kind, got {node!r}")
+    if "*" in kinds and isinstance(node.get("kind"), str):
+        return kinds.get(node["kind"], kinds["*"])
     if node.get("kind") not in kinds:
         raise ConfigError(f"{key}.kind: {node.get('kind')!r} is none of {', '.join(kinds)}")
     return kinds[node["kind"]]
@@ -471,10 +529,16 @@ def _cross_checks(root: Root) -> None:
         for name, phase in root.program.phases.items():
             if len(phase.styles) != 2 or min(phase.styles) < 0 or sum(phase.styles) == 0:
                 raise ConfigError(f"program.phases.{name}.styles: needs two whole-number weights, got {phase.styles}")
-    if isinstance(root.merge, MergeLinear):
+    if isinstance(root.merge, MergeEvents):
         every = root.merge.every_n_epochs
         if every != "last" and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
             raise ConfigError(f"merge.every_n_epochs: must be a whole number from 1, or last; got {every!r}")
+        _check_merge(root.merge)
+        if root.merge.weights is not None:
+            raise ConfigError("merge.weights: a round has one tuned model; weights are for itermerge-merge")
+        if root.merge.combine == "stock" and root.merge.over != "rounds":
+            raise ConfigError("merge.combine=stock: one tuned model has no angle; use merge.over=rounds")
+        _check_policy(root, root.merge)
     _check_analysis(root.analysis)
     gpus = root.sweep.gpus
     if gpus not in (None, "all") and not (
@@ -504,6 +568,84 @@ def _cross_checks(root: Root) -> None:
     if root.trainer.precision == "16-mixed" and root.trainer.accelerator == "cpu":
         raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
     check_metric(root, root.optimized_metric, "optimized_metric")
+
+
+def _check_merge(merge: Merge) -> None:
+    """Which parameters a rule has follows from its two parts: null where it has none."""
+    own = {*SPARSIFY[merge.sparsify], *COMBINE[merge.combine]}
+    parts = f"sparsify={merge.sparsify}, combine={merge.combine}"
+    for name in sorted({n for parts in (*SPARSIFY.values(), *COMBINE.values()) for n in parts}):
+        value = getattr(merge, name)
+        if name in own and value is None:
+            raise ConfigError(f"merge.{name}: a value is needed by merge={merge.kind} ({parts})")
+        if name not in own and value is not None:
+            raise ConfigError(f"merge.{name}: merge={merge.kind} ({parts}) has no such parameter; leave it null")
+    if merge.combine != "function" and merge.params:
+        raise ConfigError(f"merge.params: are those of merge.function, which merge={merge.kind} does not have")
+    if merge.weights is not None and merge.combine not in WEIGHTED:
+        raise ConfigError(f"merge.weights: merge={merge.kind} (combine={merge.combine}) takes none; leave it null")
+    if merge.weights is not None and merge.combine != "sum" and not all(w > 0 for w in merge.weights):
+        raise ConfigError(f"merge.weights: must be above 0 for a mean, got {merge.weights}")
+    if merge.combine == "slerp" and (merge.sparsify != "none" or merge.over == "rounds"):
+        raise ConfigError("merge.combine=slerp: goes with sparsify=none and over=tuned; the arc is between two models")
+    density = merge.density or 0.0
+    if merge.epsilon is not None and not (density - merge.epsilon > 0 and density + merge.epsilon <= 1):
+        raise ConfigError(
+            f"merge.epsilon: density - epsilon must be above 0 and density + epsilon at most 1; got {density:g} "
+            f"and epsilon {merge.epsilon:g}"
+        )
+    if merge.gamma is not None and density + merge.gamma > 1:
+        raise ConfigError(f"merge.gamma: density + gamma must be at most 1, got {density:g} + {merge.gamma:g}")
+
+
+def _check_policy(root: Root, merge: MergeEvents) -> None:
+    policy, at = merge.policy, "merge.policy"
+    check_factors(policy)
+    if policy.importance is not None and policy.importance not in root.analysis.importance:
+        known = ", ".join(root.analysis.importance) or "nothing"
+        raise ConfigError(
+            f"{at}.importance: {policy.importance!r} is not measured; analysis.importance has {known} "
+            f"(estimators: {', '.join(ESTIMATORS)})"
+        )
+    if policy.importance is None and policy.strength:
+        raise ConfigError(f"{at}.strength: needs {at}.importance, as skip")
+    inner = merge.every_n_epochs != "last" and merge.every_n_epochs < root.sft.epochs
+    for name in ("angle", "search"):
+        if getattr(policy, name) and inner:
+            raise ConfigError(f"{at}.{name}: decides after the fit; use merge.every_n_epochs=last")
+    if policy.metric == "val/mean/acc" and policy.search and not root.suite.n_validation:
+        raise ConfigError(f"{at}.metric: {policy.metric} needs OOD validation items, suite.n_validation=50")
+    if merge.ratio * max(policy.rounds) * max(policy.epochs) * max(policy.search, default=1) > 1 + 1e-9:
+        raise ConfigError(f"{at}: merge.ratio times its factors must stay at most 1; ratio is {merge.ratio:g}")
+
+
+def check_factors(policy: RatioPolicy) -> None:
+    """Raises ConfigError for lists of factors that are none."""
+    for name in ("rounds", "epochs", "layers"):
+        values = getattr(policy, name)
+        if not values or min(values) < 0:
+            raise ConfigError(f"merge.policy.{name}: expected a list of factors from 0, as [1.0, 0.5]; got {values}")
+    if policy.search and min(policy.search) < 0:
+        raise ConfigError(f"merge.policy.search: expected factors from 0, got {policy.search}")
+    for i, item in enumerate(policy.modules):
+        if not isinstance(item, dict) or set(item) != {"match", "factor"} or not isinstance(item["match"], str):
+            raise ConfigError(f"merge.policy.modules[{i}]: expected {{match: PATTERN, factor: NUMBER}}, got {item!r}")
+        if isinstance(item["factor"], bool) or not isinstance(item["factor"], int | float) or item["factor"] < 0:
+            raise ConfigError(f"merge.policy.modules[{i}].factor: must be a number from 0, got {item['factor']!r}")
+        try:
+            re.compile(item["match"])
+        except re.error as error:
+            raise ConfigError(f"merge.policy.modules[{i}].match: {item['match']!r} is no pattern: {error}") from error
+
+
+def is_vanilla(merge: Any) -> bool:
+    """Whether the merged model is always the tuned one: merge=none, or linear (or SLERP) at ratio 1 without a
+    policy."""
+    if isinstance(merge, MergeNone):
+        return True
+    p, exact = merge.policy, merge.combine in ("mean", "slerp") and merge.sparsify == "none" and merge.over == "tuned"
+    factors = [*p.rounds, *p.epochs, *p.layers, *(m["factor"] for m in p.modules), *p.search]
+    return exact and merge.ratio == 1 and set(factors) <= {1} and not p.strength and not p.angle
 
 
 def check_metric(root: Root, metric: str, key: str) -> None:

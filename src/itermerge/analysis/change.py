@@ -1,45 +1,21 @@
 """Where a model changed: by layer, by kind of matrix, and for embeddings, final norm and head on rows of their own.
 
 Weights are read tensor by tensor, large ones in pieces, so that both models may be checkpoints larger than memory
-(`policy.Checkpoint`). Sums are in float64.
+(`weights.Checkpoint`). Sums are in float64.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from ..policy import Checkpoint, PolicyError, Weights, check_same_tensors
+from ..weights import Weights, check_same_tensors, place_of, shape_of
 
 PIECE = 1 << 22  # weights at a time
 RANKS_UP_TO = 2048  # rows or columns of matrices whose effective rank a CPU has in seconds
-# Masks and frequencies that checkpoints of older models hold beside their weights.
-_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
-
-_KINDS = (
-    ("qkv", r"c_attn|query_key_value|qkv_proj|Wqkv"),
-    ("q", r"q_proj|query"), ("k", r"k_proj|key"), ("v", r"v_proj|value"), 
-    ("o", r"o_proj|self_attn\.dense|attention\.dense|attn\.c_proj|out_proj"),
-    ("gate_up", r"gate_up_proj"), ("gate", r"gate_proj|\.w1\b"), ("up", r"up_proj|dense_h_to_4h|mlp\.c_fc|fc1|\.w3\b"),
-    ("down", r"down_proj|dense_4h_to_h|mlp\.c_proj|fc2|\.w2\b"),
-    ("norms", r"norm|ln_\w+"),
-)  # fmt: skip
-
-
-def place_of(name: str) -> tuple[str, str]:
-    """(row, kind) of a tensor: (`layer_03`, `q`), (`embed`, `embed`), (`head`, `head`), (`norm`, `norm`)."""
-    if found := re.search(r"\.(\d+)\.", f".{name}."):
-        kind = next((k for k, pattern in _KINDS if re.search(pattern, name[found.start() :])), "other")
-        return f"layer_{int(found[1]):02d}", kind
-    if re.search(r"lm_head|embed_out|score", name):
-        return "head", "head"
-    if re.search(r"emb|wte|wpe", name):
-        return "embed", "embed"
-    return "norm", "norm"
 
 
 class AnalysisError(RuntimeError):
@@ -143,41 +119,6 @@ def effective_rank(matrix: Tensor) -> float | None:
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
 
 
-def comparable(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
-    """Both with the tensors that they share, under the same names, and notes of what was left out: masks and
-    frequencies that are no weights, and a head that is its model's embeddings. A prefix that one of them has
-    (`transformer.`) is dropped. Raises PolicyError, naming tensors, where they differ in anything else."""
-    notes, sides = [], {"base": base, "tuned": tuned}
-    for side in sides:
-        sides[side], dropped = sides[side].without({n for n in sides[side] if _BUFFERS.search(n)})
-        if dropped:
-            notes.append(f"{len(dropped)} tensors of {side} are no weights, and left out: {dropped[0]}, ...")
-    for side, other in (("base", "tuned"), ("tuned", "base")):
-        mine, theirs = sides[side], sides[other]
-        prefixes = {n.partition(".")[0] + "." for n in mine.keys() - theirs.keys()}
-        for prefix in sorted(prefixes):
-            if sum(n.removeprefix(prefix) in theirs for n in mine if n.startswith(prefix)) > len(theirs) / 2:
-                sides[side] = mine.renamed(lambda n, prefix=prefix: n.removeprefix(prefix))
-    for side in sides:
-        heads = {n for n in sides[side] if place_of(n)[0] == "head" and _is_tied(sides[side], n)}
-        sides[side], dropped = sides[side].without(heads)
-        if dropped:
-            notes.append(f"{dropped[0]} of {side} is left out: it is tied to the embeddings")
-    try:
-        check_same_tensors(sides["base"], sides["tuned"], "base", "tuned")
-    except PolicyError as error:
-        raise PolicyError(
-            f"{error}. If both are one architecture, their files name tensors differently: load each with transformers "
-            "and save it again"
-        ) from error
-    return sides["base"], sides["tuned"], notes
-
-
-def _is_tied(model: Checkpoint, head: str) -> bool:
-    twins = [n for n in model if place_of(n)[0] == "embed" and model.shapes[n] == model.shapes[head]]
-    return any(all(map(torch.equal, _rows(model, head), _rows(model, twin))) for twin in twins)
-
-
 def relative_distance(a: Weights, b: Weights) -> float:
     """||b - a|| / ||a|| over all tensors."""
     far = near = 0.0
@@ -187,22 +128,16 @@ def relative_distance(a: Weights, b: Weights) -> float:
     return math.sqrt(far / near)
 
 
-def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
-    """A tensor's shape, without reading it from a checkpoint."""
-    return weights.shapes[name] if isinstance(weights, Checkpoint) else tuple(weights[name].shape)
-
-
 def _pieces(name: str, *models: Weights) -> Iterator[tuple[Tensor, ...]]:
     """The same pieces of one tensor of several models, in float64 on the CPU: some of its rows at a time."""
     return zip(*(_rows(model, name) for model in models), strict=True)
 
 
 def _rows(model: Weights, name: str) -> Iterator[Tensor]:
-    shape = shape_of(model, name)
-    if not shape:
-        yield model[name].to("cpu", torch.float64)
+    tensor = model[name]
+    if not tensor.dim():
+        yield tensor.to("cpu", torch.float64)
         return
-    step = max(1, PIECE // max(1, math.prod(shape[1:])))
-    for at in range(0, shape[0], step):
-        part = model.rows(name, at, at + step) if isinstance(model, Checkpoint) else model[name][at : at + step]
-        yield part.to("cpu", torch.float64)
+    step = max(1, PIECE // max(1, math.prod(tensor.shape[1:])))
+    for at in range(0, tensor.shape[0], step):
+        yield tensor[at : at + step].to("cpu", torch.float64)

@@ -1,0 +1,211 @@
+"""Named tensors, in memory or in a Hugging Face folder; where each belongs in a model; folders of them, written."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+Weights = Mapping[str, Tensor]
+WEIGHTS_FILE = "model.safetensors"
+_NOT_COPIED = (
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".md",
+    ".gitattributes",
+    "recipe.json",
+)
+# Masks and frequencies that checkpoints of older models hold beside their weights.
+_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
+
+_KINDS = (
+    ("qkv", r"c_attn|query_key_value|qkv_proj|Wqkv"),
+    ("q", r"q_proj|query"), ("k", r"k_proj|key"), ("v", r"v_proj|value"),
+    ("o", r"o_proj|self_attn\.dense|attention\.dense|attn\.c_proj|out_proj"),
+    ("gate_up", r"gate_up_proj"), ("gate", r"gate_proj|\.w1\b"), ("up", r"up_proj|dense_h_to_4h|mlp\.c_fc|fc1|\.w3\b"),
+    ("down", r"down_proj|dense_4h_to_h|mlp\.c_proj|fc2|\.w2\b"),
+    ("norms", r"norm|ln_\w+"),
+)  # fmt: skip
+
+
+class PolicyError(ValueError):
+    """A model folder that cannot be used, with what is missing and the way out."""
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """(row, kind) of a tensor: (`layer_03`, `q`), (`embed`, `embed`), (`head`, `head`), (`norm`, `norm`)."""
+    if found := re.search(r"\.(\d+)\.", f".{name}."):
+        kind = next((k for k, pattern in _KINDS if re.search(pattern, name[found.start() :])), "other")
+        return f"layer_{int(found[1]):02d}", kind
+    if re.search(r"lm_head|embed_out|score", name):
+        return "head", "head"
+    if re.search(r"emb|wte|wpe", name):
+        return "embed", "embed"
+    return "norm", "norm"
+
+
+def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
+    """A tensor's shape, without reading it from a checkpoint."""
+    return weights.shapes[name] if isinstance(weights, Checkpoint) else tuple(weights[name].shape)
+
+
+def check_same_tensors(a: Weights, b: Weights, name_a: str, name_b: str) -> None:
+    """Raises PolicyError naming the tensors that differ in name or shape."""
+    if a.keys() != b.keys():
+        missing, extra = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
+        raise PolicyError(
+            f"{name_b} and {name_a} differ in their tensors: missing {missing[:5]}, unexpected {extra[:5]}"
+        )
+    for name in a:
+        shapes = [w.shapes[name] if isinstance(w, Checkpoint) else tuple(w[name].shape) for w in (a, b)]
+        if shapes[0] != shapes[1]:
+            raise PolicyError(f"{name}: {name_b} has shape {shapes[1]}, {name_a} {shapes[0]}")
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a Hugging Face folder by name (one safetensors file, or shards), each mapped from its file, in the
+    file's dtype: pages are read when they are used, and take no memory of their own. Raises PolicyError, naming the
+    file, where one is missing or cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise PolicyError(f"{self.folder} is not a folder")
+        index = self.folder / "model.safetensors.index.json"
+        files = sorted(self.folder.glob("*.safetensors"))
+        if index.is_file():
+            files = [self.folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        elif (self.folder / WEIGHTS_FILE).is_file():
+            files = [self.folder / WEIGHTS_FILE]
+        if not files:
+            raise PolicyError(
+                f"{self.folder} has no *.safetensors weights. Pickle checkpoints are not loaded; convert them with "
+                "transformers' save_pretrained (safetensors is its default)"
+            )
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._open: dict[str, Any] = {}
+        self.stored: dict[str, str] = {}  # by name, what the file calls it
+        self.files: dict[str, Path] = {}
+        for file in files:
+            try:
+                opened = safe_open(file, framework="pt")
+            except Exception as error:  # safetensors has an exception of its own, and a missing file another
+                raise PolicyError(f"{file} cannot be read ({error}); is the download or the copy whole?") from error
+            for name in opened.keys():  # noqa: SIM118
+                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                self._open[name], self.stored[name], self.files[name] = opened, name, file
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor, mapped: a view of the file, never to be written to."""
+        return self._open[name].get_tensor(self.stored[name])
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def without(self, names: Collection[str]) -> tuple[Checkpoint, list[str]]:
+        """The same but for some tensors; the names of those that were there."""
+        gone = sorted(n for n in names if n in self.shapes)
+        return self._with({n: n for n in self.shapes if n not in gone}), gone
+
+    def renamed(self, rename: Callable[[str], str]) -> Checkpoint:
+        """The same under other names."""
+        return self._with({rename(n): n for n in self.shapes})
+
+    def _with(self, former: Mapping[str, str]) -> Checkpoint:
+        other = copy.copy(self)
+        other.shapes = {new: self.shapes[old] for new, old in former.items()}
+        other._open = {new: self._open[old] for new, old in former.items()}
+        other.stored = {new: self.stored[old] for new, old in former.items()}
+        other.files = {new: self.files[old] for new, old in former.items()}
+        return other
+
+
+def comparable(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
+    """Both with the tensors that they share, under the same names, and notes of what was left out: masks and
+    frequencies that are no weights, and a head that is its model's embeddings. A prefix that one of them has
+    (`transformer.`) is dropped. Raises PolicyError, naming tensors, where they differ in anything else."""
+    notes, sides = [], {"base": base, "tuned": tuned}
+    for side in sides:
+        sides[side], dropped = sides[side].without({n for n in sides[side] if _BUFFERS.search(n)})
+        if dropped:
+            notes.append(f"{len(dropped)} tensors of {side} are no weights, and left out: {dropped[0]}, ...")
+    for side, other in (("base", "tuned"), ("tuned", "base")):
+        mine, theirs = sides[side], sides[other]
+        prefixes = {n.partition(".")[0] + "." for n in mine.keys() - theirs.keys()}
+        for prefix in sorted(prefixes):
+            if sum(n.removeprefix(prefix) in theirs for n in mine if n.startswith(prefix)) > len(theirs) / 2:
+                sides[side] = mine.renamed(lambda n, prefix=prefix: n.removeprefix(prefix))
+    for side in sides:
+        heads = {n for n in sides[side] if place_of(n)[0] == "head" and _is_tied(sides[side], n)}
+        sides[side], dropped = sides[side].without(heads)
+        if dropped:
+            notes.append(f"{dropped[0]} of {side} is left out: it is tied to the embeddings")
+    try:
+        check_same_tensors(sides["base"], sides["tuned"], "base", "tuned")
+    except PolicyError as error:
+        raise PolicyError(
+            f"{error}. If both are one architecture, their files name tensors differently: load each with transformers "
+            "and save it again"
+        ) from error
+    return sides["base"], sides["tuned"], notes
+
+
+def _is_tied(model: Checkpoint, head: str) -> bool:
+    twins = [n for n in model if place_of(n)[0] == "embed" and model.shapes[n] == model.shapes[head]]
+    return any(torch.equal(model[head], model[twin]) for twin in twins)
+
+
+def digest_weights(weights: Weights) -> str:
+    """sha256 over names, shapes and float32 values, in name order: equal weights, equal digest, however stored."""
+    sha = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().to("cpu", torch.float32).contiguous()
+        sha.update(f"{name}{tuple(tensor.shape)}".encode())
+        sha.update(tensor.numpy().data)
+    return sha.hexdigest()
+
+
+def write_folder(folder: Path, weights: Weights, like: Path) -> None:
+    """A Hugging Face folder in float32: `weights` as safetensors, the other files of `like` byte for byte (not its card
+    and recipe, which describe other weights).
+
+    Deterministic bytes: the metadata is exactly {format: pt}, since several keys come out in a different order in each
+    process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(like.iterdir()):
+        if file.is_file() and not file.name.endswith(_NOT_COPIED) and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tensors = {k: weights[k].detach().to("cpu", torch.float32).contiguous() for k in sorted(weights)}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner alone
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder that `write_folder` made, on the CPU."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
