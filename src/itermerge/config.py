@@ -167,7 +167,7 @@ class RatioPolicy:
 
     kind: str = MISSING
     rounds: list[float] = MISSING  # over rounds 1 to `span`
-    span: int = knob(ge=1)
+    span: int | None = field(default=MISSING, metadata={"ge": 1})  # null: all rounds
     epochs: list[float] = MISSING  # over the epochs of a round
     at_end: bool = MISSING  # no merge in any round but the last
     layers: list[float] = MISSING  # over the depth; embeddings take the first, final norm and head the last

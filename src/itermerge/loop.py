@@ -24,7 +24,8 @@ from typing import Any, TypeVar
 
 from . import stages, tracking
 from .config import Root, StoreLocal
-from .stages import Anchor, Bench, EmptyRound, Merged, Model
+from .merging import MergeError
+from .stages import Anchor, Bench, EmptyRound, Merged, Model, Round
 from .store import Artifact, Store, StoreError, environment, is_disk_full, place
 from .upkeep import check_space
 
@@ -43,7 +44,8 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
         check_space([(cfg, bench.size)], root, folder)
         record = RunRecord(cfg, folder, tracker)
         history, examples, tuned, made = [bench.base], [], bench.base, []
-        record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base, 1.0))
+        past: list[tuple[Model, Model]] = []  # (tuned, start) of each round that was fitted
+        record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base))
         look_at_base(record.rounds[0])
 
         for t in range(1, cfg.rounds + 1):
@@ -56,25 +58,27 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
                     bench,
                     t,
                     samples=samples,
-                    merged=Merged(history[-1], 1.0),
+                    merged=Merged(history[-1]),
                     scores=bench.evaluate(history[-1], t),
                 )
-                drop_weights(bench, made, history, tuned, record.update, done=t == cfg.rounds)
+                drop_weights(bench, made, history, tuned, past, record.update, done=t == cfg.rounds)
                 continue
             record.measure_importance(bench, samples)
             examples = unique([*examples, *solutions]) if cfg.sft.data == "accumulate" else solutions
             start = {"merged": history[-1], "base": bench.base, "tuned": tuned}[cfg.sft.start]
-            tuned, fitted = bench.fit(start, examples, t, anchor)
-            merged = bench.merge(tuned, anchor)
-            layers = record.look_at_layers(bench, t, start, tuned, merged.model, anchor)
+            now = Round(t, start, anchor, list(past), record.layer_importance(), record.update)
+            tuned, fitted = bench.fit(examples, now)
+            merged = bench.merge(tuned, now)
+            layers = record.look_at_layers(bench, now, tuned, merged)
+            past.append((tuned, start))
             made += [(t, model) for model in (tuned, merged.model, record.update) if model]
             history.append(merged.model)
             record.write(
-                bench, t, samples=samples, fitted=fitted, tuned=tuned, merged=merged,
+                bench, t, samples=samples, fitted=fitted, tuned=tuned, merged=merged, now=now,
                 pre_scores=bench.evaluate(tuned, t) if cfg.suite.pre_merge else None,
                 scores=bench.evaluate(merged.model, t), layers=layers,
             )  # fmt: skip
-            drop_weights(bench, made, history, tuned, record.update, done=t == cfg.rounds)
+            drop_weights(bench, made, history, tuned, past, record.update, done=t == cfg.rounds)
 
     summary = record.summary(bench, time.perf_counter() - started)
     shutil.rmtree(private, ignore_errors=True)
@@ -82,7 +86,13 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
 
 
 def drop_weights(
-    bench: Bench, made: list[tuple[int, Model]], history: list[Model], tuned: Model, update: Model | None, done: bool
+    bench: Bench,
+    made: list[tuple[int, Model]],
+    history: list[Model],
+    tuned: Model,
+    past: list[tuple[Model, Model]],
+    update: Model | None,
+    done: bool,
 ) -> None:
     """store.keep=last or none: drops the weights that no later round reads. Those of the last round stay under `last`
     (with its update, which a next round would be compared with), and fit and update of round 1 if runs with other
@@ -93,6 +103,7 @@ def drop_weights(
     if not done:
         wanted += [tuned] if bench.cfg.sft.start == "tuned" else []
         wanted += history if getattr(bench.cfg.merge, "anchor", "base") == "mean" else []
+        wanted += [model for pair in past for model in pair] if bench.over_rounds else []
     if bench.keep == "last":
         wanted += [model for t, model in made if model not in history and bench.shared_fit(t)]
     for _, model in made:
@@ -183,8 +194,8 @@ class RunRecord:
 
     def write(
         self, bench: Bench, number: int, *, scores: Artifact, merged: Merged, samples: Artifact | None = None,
-        fitted: Artifact | None = None, tuned: Model | None = None, pre_scores: Artifact | None = None,
-        layers: Artifact | None = None,
+        fitted: Artifact | None = None, tuned: Model | None = None, now: Round | None = None,
+        pre_scores: Artifact | None = None, layers: Artifact | None = None,
     ) -> None:  # fmt: skip
         """Puts a round's artifacts and figures in place and tells the tracker."""
         metrics = bench.figures(scores)
@@ -196,11 +207,8 @@ class RunRecord:
             metrics |= {f"pre_merge/{name}": value for name, value in bench.figures(pre_scores).items()}
         if samples:
             metrics |= stages.practice_metrics(samples.facts)
-        if fitted:
-            metrics |= {
-                "sft/loss": fitted.facts["losses"][-1], "merge/ratio": merged.ratio,
-                "merge/effective_ratio": bench.effective_ratio(),
-            }  # fmt: skip
+        if fitted and now:
+            metrics |= {"sft/loss": fitted.facts["losses"][-1]} | bench.ratio_metrics(now, merged)
         if layers:
             metrics |= {
                 "weights/drift": layers.facts["drift"], "merge/anchor_distance": layers.facts["anchor_distance"]
@@ -216,7 +224,7 @@ class RunRecord:
 
         folder = self.folder / "rounds" / f"{number:02d}"
         (folder / "round.json").unlink(missing_ok=True)
-        for artifact in filter(None, (samples, scores, held_out, probed, layers)):
+        for artifact in filter(None, (samples, scores, held_out, probed, layers, merged.search)):
             for name in artifact.files:
                 place(artifact.folder / name, folder / name)
         if number and (bench.keep == "all" or (bench.keep == "last" and number == self.cfg.rounds)):
@@ -232,14 +240,26 @@ class RunRecord:
         if number:
             tracking.console.print(tracking.round_table(describe(self.cfg), self.rounds))
 
-    def look_at_layers(
-        self, bench: Bench, number: int, start: Model, tuned: Model, merged: Model, anchor: Anchor
-    ) -> Artifact | None:
+    def look_at_layers(self, bench: Bench, now: Round, tuned: Model, merged: Merged) -> Artifact | None:
         """The analysis of layers, the round's update in it beside that of the round before."""
-        updated = self.attempt(f"round {number}: update", partial(bench.update, start, tuned, self.update))
+        updated = self.attempt(f"round {now.number}: update", partial(bench.update, now.start, tuned, self.update))
         self.update, figures = updated or (None, None)
-        analyze = partial(bench.analyze, tuned, merged, anchor, figures)
-        return self.attempt(f"round {number}: layer change", analyze)
+        analyze = partial(bench.analyze, tuned, merged, now.anchor, figures)
+        return self.attempt(f"round {now.number}: layer change", analyze)
+
+    def layer_importance(self) -> dict[str, float]:
+        """{layer_00: importance} by the estimator of merge.policy.importance, nothing without one. Raises MergeError
+        where it could not be measured: the merge needs it."""
+        policy = getattr(self.cfg.merge, "policy", None)
+        if policy is None or policy.importance is None:
+            return {}
+        table = self.importance.get("importance") or {}
+        if not table:
+            raise MergeError(
+                f"merge.policy.importance: {policy.importance} could not be measured: "
+                f"{self.failed.get('importance', 'no solution of the base was correct')}"
+            )
+        return {row: figures["mean"] for row, figures in table["estimators"][policy.importance].items()}
 
     def mismatch(self, number: int, name: str, table: dict[str, Any], layers: dict[str, Any]) -> dict[str, float]:
         """The figures of importance against change; with those of importance itself in the first round that has any."""
@@ -276,7 +296,10 @@ class RunRecord:
 
 
 def describe(cfg: Root) -> str:
-    """One line that says what a run is: merge, ratio, learning rate, seed."""
-    merge: Mapping[str, Any] = vars(cfg.merge)
-    said = "merge=none (vanilla)" if merge["kind"] == "none" else f"merge={merge['kind']} ratio={merge['ratio']}"
+    """One line that says what a run is: merge, ratio, policy, learning rate, seed."""
+    merge: Any = cfg.merge
+    said = "merge=none (vanilla)"
+    if merge.kind != "none":
+        policy = "" if merge.policy.kind == "constant" else f" policy={merge.policy.kind}"
+        said = f"merge={merge.kind} ratio={merge.ratio}{policy}"
     return f"{said}  lr={cfg.sft.lr:g}  seed={cfg.seed}"

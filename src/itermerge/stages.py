@@ -29,9 +29,10 @@ from .analysis import change, diversity
 from .analysis.change import AnalysisError
 from .analysis.importance import importance
 from .analysis.mismatch import interval_of_means, mismatch
-from .config import ConfigError, MergeLinear, ModelLab, Root, TaskLab, TaskWords, label
+from .config import ConfigError, MergeEvents, MergeNone, ModelLab, Root, TaskLab, TaskWords, is_vanilla, label
 from .evaluation import Exam
 from .policy import Policy, resolve
+from .rules import method_of, source_of
 from .sft import Example, FitSpec, SftError, fit
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
@@ -40,6 +41,7 @@ from .upkeep import keep_of
 from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, read_weights, write_folder
 
 T = TypeVar("T")
+Ratio = float | Mapping[str, float]
 log = logging.getLogger(__name__)
 SAMPLING = ("policy.py", "weights.py", "decoding.py", "evaluation.py", "tasks/__init__.py")
 PROBING = ("stages.py", "sft.py", "analysis/diversity.py")
@@ -47,7 +49,8 @@ IMPORTANCE = (
     "stages.py", "policy.py", "weights.py", "sft.py", "analysis/importance.py", "analysis/change.py",
     "analysis/mismatch.py",
 )  # fmt: skip
-FITTING = ("policy.py", "weights.py", "sft.py", "merging.py", "tasks/__init__.py")
+MERGING = ("weights.py", "merging/law.py")
+FITTING = (*MERGING, "merging/callback.py", "policy.py", "sft.py", "tasks/__init__.py")
 LAB = Path(__file__).parent / "lab"  # the base models in the package, seed0 and on
 LAB_SEED0 = LAB / "seed0"
 NOT_THE_MODEL = (MANIFEST, DROPPED, KEPT, "timing.json")  # beside a model's files in its artifact
@@ -69,10 +72,24 @@ class Model:
 
 @dataclass(frozen=True)
 class Merged:
-    """theta_hat_t, and the ratio of its last merge event."""
+    """theta_hat_t, and the ratio of each tensor in its last merge event, or of all."""
 
     model: Model
-    ratio: float
+    ratio: Ratio = 1.0
+    search: Artifact | None = None  # what was tried on validation items
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a round's fit and merges are told: its number, what it starts from and merges towards, and, for policies and
+    for rules over rounds, the rounds before."""
+
+    number: int
+    start: Model
+    anchor: Anchor
+    past: Sequence[tuple[Model, Model]] = ()  # (tuned, start) of the rounds before
+    importance: Mapping[str, float] = field(default_factory=dict)  # of the base's layers
+    earlier: Model | None = None  # the update of the round before
 
 
 class EmptyRound(RuntimeError):
@@ -146,6 +163,7 @@ class Bench:
     def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
         self.cfg, self.store, self.scratch = cfg, store, scratch
         self.device = device_of(cfg.trainer.accelerator)
+        self.method = merging.LINEAR if isinstance(cfg.merge, MergeNone) else method_of(cfg.merge)
         self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
         if self.precision == "auto":
             self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
@@ -288,70 +306,121 @@ class Bench:
         inputs["problems"] = _ids(list(problems.values()))
         return self.store.stage("verify", inputs, compute, modules=(*self.sampling, "stages.py"))
 
-    def fit(
-        self, start: Model, examples: Sequence[Mapping[str, str]], number: int, anchor: Anchor
-    ) -> tuple[Model, Artifact]:
-        """The self-improved model theta_t: fine-tuned from `start`, with the merge events before the last."""
+    def fit(self, examples: Sequence[Mapping[str, str]], now: Round) -> tuple[Model, Artifact]:
+        """The self-improved model theta_t: fine-tuned from the round's start, with the merge events before the last."""
         cfg, spec = self.cfg, self._fit_spec()
-        seed = derive_seed(cfg.seed, number, "fit")
-        inner = self._events()[:-1]
+        seed = derive_seed(cfg.seed, now.number, "fit")
+        inner = self._events(now)[:-1]
+        ratios = {epoch: self._ratios(now, epoch) for epoch in inner}
 
         def compute(folder: Path) -> Mapping[str, Any]:
             callbacks = []
             if inner:  # first: anchors that were dropped are computed again with the same policy
-                merge = self._merge_config()
+                past, start = self._updates(now)
                 callbacks = [
-                    merging.MergeCallback(merge.kind, anchor.weights(), merge.ratio, inner, merge.reset_optimizer)
-                ]
-            policy = self._load(start)
+                    merging.MergeCallback(
+                        now.anchor.weights(), method=self.method, at=inner, ratios=ratios, past=past, start=start,
+                        reset_optimizer=self._merge_config().reset_optimizer, seed=self._mask_seed(now),
+                    )
+                ]  # fmt: skip
+            policy = self._load(now.start)
             self.loaded = ""  # from here on the policy's weights are in between
             rows = [
                 Example(policy.encode_prompt(e["prompt"]), policy.encode_completion(e["completion"])) for e in examples
             ]
             total = -(-len(rows) // spec.batch_size) * spec.epochs
             try:
-                with progress(f"round {number}: fine-tuning", total) as tick:
+                with progress(f"round {now.number}: fine-tuning", total) as tick:
                     losses = fit(
                         policy, rows, spec, seed=seed, callbacks=callbacks, scratch=self.scratch, on_progress=tick
                     )
             except SftError as error:
-                raise SftError(f"round {number}: {error}") from error
+                raise SftError(f"round {now.number}: {error}") from error
             write_folder(folder, policy.weights(), self.base.folder)
             digest = self.loaded = self._digest(policy.weights())
             return {"digest": digest, "losses": losses}
 
         events = None
         if inner:
-            merge = self._merge_config()
             events = {
-                "rule": merge.kind,
-                "ratio": merge.ratio,
-                "anchor": anchor.digest,
-                "at": inner,
-                "reset": merge.reset_optimizer,
-            }
-        inputs = {"start": start.digest, "examples": _digest_json(list(examples)), "spec": dataclasses.asdict(spec),
-                  "events": events, "seed": seed}  # fmt: skip
+                "ratio": {str(epoch): _compact(ratio) for epoch, ratio in ratios.items()},
+                "reset": self._merge_config().reset_optimizer, **self._merge_key(now),
+            }  # fmt: skip
+        inputs = {"start": now.start.digest, "examples": _digest_json(list(examples)),
+                  "spec": dataclasses.asdict(spec), "events": events, "seed": seed}  # fmt: skip
         stage = partial(self.store.stage, "fit", inputs, compute, modules=FITTING)
         made = stage()
         return Model(made.folder, made.facts["digest"], partial(stage, whole=True)), made
 
-    def merge(self, tuned: Model, anchor: Anchor) -> Merged:
-        """The merged model theta_hat_t: the round's last merge event. At ratio 1 it is the tuned model itself."""
-        ratio = self._ratio()
-        if ratio == 1:
-            return Merged(tuned, 1.0)
-        rule = self._merge_config().kind
+    def merge(self, tuned: Model, now: Round) -> Merged:
+        """The merged model theta_hat_t: the round's last merge event. Where that changes nothing it is the tuned
+        model."""
+        ratio = self._ratios(now, self.cfg.sft.epochs, tuned)
+        search = self._search(tuned, now, ratio)
+        if search:
+            ratio = _times(ratio, search.facts["factor"], ratio)
+        if self._does_nothing(ratio):
+            return Merged(tuned, 1.0, search)
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            merged = merging.merge(rule, anchor.weights(), self._weights(tuned), ratio)
+            merged = self._last_event(tuned, now, ratio).all()
             write_folder(folder, merged, self.base.folder)
             return {"digest": self._digest(merged)}
 
-        inputs = {"tuned": tuned.digest, "anchor": anchor.digest, "rule": rule, "ratio": ratio}
-        stage = partial(self.store.stage, "merge", inputs, compute, modules=("merging.py", "policy.py", "weights.py"))
+        inputs = {"tuned": tuned.digest, "ratio": _compact(ratio), **self._merge_key(now)}
+        stage = partial(self.store.stage, "merge", inputs, compute, modules=MERGING)
         made = stage()
-        return Merged(Model(made.folder, made.facts["digest"], partial(stage, whole=True)), ratio)
+        return Merged(Model(made.folder, made.facts["digest"], partial(stage, whole=True)), ratio, search)
+
+    def _last_event(self, tuned: Model, now: Round, ratio: Ratio) -> merging.Merge:
+        past, start = self._updates(now)
+        models = [*(t for t, _ in past), self._stream(tuned)]
+        starts = None if start is None else [*(s for _, s in past), start]
+        seed = self._mask_seed(now) + self.cfg.sft.epochs
+        return merging.Merge(self.method, now.anchor.weights(), models, ratio, starts=starts, seed=seed)
+
+    def _search(self, tuned: Model, now: Round, ratio: Ratio) -> Artifact | None:
+        """search.json: accuracy on validation items with each of merge.policy.search's factors, with one model in
+        memory. Facts: the factor that is taken, the smallest of those within `tolerance` of the best."""
+        policy = getattr(self.cfg.merge, "policy", None)
+        if policy is None or not policy.search or (policy.at_end and now.number < self.cfg.rounds):
+            return None
+        exams = [e for e in self.exams if e.label.startswith("val/")]
+        factors = sorted(set(policy.search))
+
+        def compute(folder: Path) -> Mapping[str, Any]:
+            tried = {}
+            total = len(factors) * sum(len(e.problems) for e in exams)
+            with progress(f"round {now.number}: line search", total) as tick:
+                for factor in factors:
+                    ratios = _times(ratio, factor, self.base_weights)
+                    self.loaded = ""
+                    own = self.policy.weights()
+                    merge = self._last_event(tuned, now, ratios)
+                    merge.prepare()
+                    for name in merge.names:
+                        for begin, end, piece in merge.pieces(name):
+                            own[name].view(-1)[begin:end].copy_(piece)
+                    with in_dtype(self.policy, getattr(torch, self.dtype)) as copy_:
+                        scores = evaluation.greedy_scores(copy_, exams, on_progress=tick, **self._decode())
+                    accuracy = {e.label: sum(scores[e.label]["correct"]) / len(e.problems) for e in exams}
+                    own_task = accuracy.pop(f"val/{self.task.name}")
+                    away = sum(accuracy.values()) / len(accuracy) if accuracy else None
+                    tried[str(factor)] = {"val/id/acc": own_task, "val/ood/acc": away}
+            _write_json(folder / "search.json", tried)
+            values = {f: v["val/id/acc"] for f, v in tried.items()}
+            if policy.metric == "val/mean/acc":
+                values = {f: (v["val/id/acc"] + v["val/ood/acc"]) / 2 for f, v in tried.items()}
+            good = [float(f) for f, v in values.items() if v >= max(values.values()) - policy.tolerance - 1e-12]
+            return {"factor": min(good)}
+
+        inputs = {
+            "tuned": tuned.digest, "ratio": _compact(ratio), "factors": factors, "metric": policy.metric,
+            "tolerance": policy.tolerance, "items": {e.label: _ids(e.problems) for e in exams}, "how": self._decode(),
+            "tasks": [task_key(t) for t in (self.cfg.task, *self.cfg.suite.near, *self.cfg.suite.far)],
+            **self._merge_key(now),
+        } | self._dtype()  # fmt: skip
+        return self.store.stage("search", inputs, compute, modules=(*self.sampling, *MERGING, "stages.py"))
 
     def evaluate(self, model: Model, number: int) -> Artifact:
         """scores.json: greedy verdicts on the test items of every task, and on the ID task's validation items."""
@@ -523,25 +592,29 @@ class Bench:
         made = stage()
         return Model(made.folder, made.digest, partial(stage, whole=True)), made
 
-    def analyze(self, tuned: Model, merged: Model, anchor: Anchor, update: Artifact | None) -> Artifact:
-        """layers.json: weight change against the base by layer and kind, before and after the last merge event, and the
-        facts of the round's update. Facts: the merged model's relative distance from the base and from the anchor."""
-        rows = update.facts["rows"] if update else {}
+    def analyze(self, tuned: Model, merged: Merged, anchor: Anchor, update: Artifact | None) -> Artifact:
+        """layers.json: weight change against the base by layer and kind, before and after the last merge event; the
+        facts of the round's update; and by layer what the merge left of it: `ratio`, as asked, and `share`, as measured
+        along the tuned model's difference to the anchor. Facts: the merged model's relative distance from base and
+        anchor."""
+        rows, model = update.facts["rows"] if update else {}, merged.model
+        ratios = _times(merged.ratio, 1, self.base_weights)
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            now = self._stream(merged)
+            now, towards = self._stream(model), anchor.weights()
             after = before = change.layer_change(self.base_weights, now)
-            if tuned.digest != merged.digest:
+            if tuned.digest != model.digest:
                 before = change.layer_change(self.base_weights, self._stream(tuned))
-            _write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": rows})
+            left = change.merge_shares(towards, self._stream(tuned), now, ratios)
+            _write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": rows, "merge": left})
             return {
                 "drift": change.relative_distance(self.base_weights, now),
-                "anchor_distance": change.relative_distance(anchor.weights(), now),
+                "anchor_distance": change.relative_distance(towards, now),
             }
 
         inputs = {
-            "base": self.base.digest, "tuned": tuned.digest, "merged": merged.digest, "anchor": anchor.digest,
-            "update": rows,
+            "base": self.base.digest, "tuned": tuned.digest, "merged": model.digest, "anchor": anchor.digest,
+            "update": rows, "ratio": _compact(merged.ratio),
         }  # fmt: skip
         return self.store.stage("analyze", inputs, compute, modules=("analysis/change.py", "weights.py", "stages.py"))
 
@@ -561,7 +634,8 @@ class Bench:
 
     def shared_fit(self, number: int) -> bool:
         """Whether runs with other ratios have the same fit: in round 1, without merge events inside it."""
-        return number == 1 and len(self._events()) == 1
+        every: Any = getattr(self.cfg.merge, "every_n_epochs", "last")
+        return number == 1 and (is_vanilla(self.cfg.merge) or len(merging.events(self.cfg.sft.epochs, every)) == 1)
 
     # --- figures -----------------------------------------------------------------------------------------------
 
@@ -658,20 +732,83 @@ class Bench:
     def _dtype(self) -> dict[str, str]:
         return {"dtype": self.dtype}
 
-    def _merge_config(self) -> MergeLinear:
-        assert isinstance(self.cfg.merge, MergeLinear)
+    def _merge_config(self) -> MergeEvents:
+        assert isinstance(self.cfg.merge, MergeEvents)
         return self.cfg.merge
 
-    def _ratio(self) -> float:
-        return float(self.cfg.merge.ratio) if isinstance(self.cfg.merge, MergeLinear) else 1.0
+    @property
+    def over_rounds(self) -> bool:
+        """Whether a merge reads all rounds' updates."""
+        return isinstance(self.cfg.merge, MergeEvents) and self.cfg.merge.over == "rounds"
 
-    def _events(self) -> list[int]:
-        """Epochs with a merge event that does something; the last always counts (at ratio 1 it is a no-op)."""
+    def _updates(self, now: Round) -> tuple[list[tuple[Weights, Weights]], Weights | None]:
+        """(tuned, start) of the rounds before and the start of this one, for rules over rounds; else nothing."""
+        if not self.over_rounds:
+            return [], None
+        return [(self._stream(t), self._stream(s)) for t, s in now.past], self._stream(now.start)
+
+    def _mask_seed(self, now: Round) -> int:
+        """Of a round's masks; each of its events adds its epoch."""
+        if not self.method.random:
+            return 0
+        merge = self._merge_config()
+        return derive_seed(merge.seed, "mask", *(() if merge.mask == "fixed" else (now.number,)))
+
+    def _merge_key(self, now: Round) -> dict[str, Any]:
+        """What decides a merge beside the tuned weights and the ratios."""
+        method = vars(self.method) | {"function": source_of(self.method)}
+        past = [(t.digest, s.digest) for t, s in now.past] if self.over_rounds else None
+        return {
+            "method": method, "name": getattr(self.cfg.merge, "function", None), "anchor": now.anchor.digest,
+            "past": past, "start": now.start.digest if past is not None else None, "masks": self._mask_seed(now),
+        }  # fmt: skip
+
+    def _ratios(self, now: Round, epoch: int, tuned: Model | None = None) -> dict[str, float]:
+        """The ratio of each tensor in the event after an epoch, by the policy; `angle` needs the tuned model."""
+        names = list(self.base_weights)
+        if isinstance(self.cfg.merge, MergeNone):
+            return dict.fromkeys(names, 1.0)
+        merge, policy = self.cfg.merge, self.cfg.merge.policy
+        if policy.at_end and now.number < self.cfg.rounds:
+            return dict.fromkeys(names, 1.0)
+        rows: dict[str, float] = {}
+        if policy.importance:
+            rows = merging.by_importance(now.importance, policy.strength)
+        if policy.angle and tuned and now.earlier:
+            _, update = self.update(now.start, tuned, now.earlier)
+            cosines = {row: figures["cosine"] for row, figures in update.facts["rows"].items()}
+            rows = {row: rows.get(row, 1.0) * factor for row, factor in merging.by_angle(cosines).items()}
+        ratio = merge.ratio * merging.over_time(policy.rounds, now.number, policy.span or self.cfg.rounds)
+        ratio *= merging.over_time(policy.epochs, epoch, self.cfg.sft.epochs)
+        modules = [(m["match"], m["factor"]) for m in policy.modules]
+        return merging.tensor_ratios(names, ratio, layers=policy.layers, modules=modules, rows=rows)
+
+    def _does_nothing(self, ratio: Ratio) -> bool:
+        return self.method.exact and not self.over_rounds and _compact(ratio) == 1
+
+    def _events(self, now: Round) -> list[int]:
+        """Epochs with a merge event that does something; the last always counts."""
         epochs = self.cfg.sft.epochs
-        return [epochs] if self._ratio() == 1 else merging.events(epochs, self._merge_config().every_n_epochs)
+        if is_vanilla(self.cfg.merge):
+            return [epochs]
+        *inner, last = merging.events(epochs, self._merge_config().every_n_epochs)
+        return [*(e for e in inner if not self._does_nothing(self._ratios(now, e))), last]
 
-    def effective_ratio(self) -> float:
-        return merging.effective_ratio(self._ratio(), self.cfg.sft.epochs, self._events())
+    def ratio_metrics(self, now: Round, merged: Merged) -> dict[str, float]:
+        """merge/ratio, the mean over weights of the last event's ratio; merge/effective_ratio, the same of the share
+        that all of the round's events leave of its update; merge/search, the factor that the line search took."""
+        at = self._events(now)
+        sizes = {name: w.numel() for name, w in self.base_weights.items()}
+        total = sum(sizes.values())
+        of = [self._ratios(now, epoch) for epoch in at[:-1]] + [_times(merged.ratio, 1, sizes)]
+        share = sum(
+            n * merging.effective_ratio([r[name] for r in of], self.cfg.sft.epochs, at) for name, n in sizes.items()
+        )  # fmt: skip
+        out = {
+            "merge/ratio": sum(n * of[-1][name] for name, n in sizes.items()) / total,
+            "merge/effective_ratio": share / total,
+        }
+        return out | ({"merge/search": merged.search.facts["factor"]} if merged.search else {})
 
     def _fit_spec(self) -> FitSpec:
         sft, trainer = self.cfg.sft, self.cfg.trainer
@@ -695,7 +832,9 @@ class Anchor:
 
     def weights(self) -> Weights:
         read = [self.bench._weights(m) for m in self.models]
-        return read[0] if len(read) == 1 else merging.mean(read)
+        if len(read) == 1:
+            return read[0]
+        return {name: torch.stack([w[name].float() for w in read]).mean(0) for name in read[0]}
 
 
 @contextmanager
@@ -725,6 +864,16 @@ class in_dtype:
 
     def __exit__(self, *_: object) -> None:
         self.policy.model = self.own
+
+
+def _compact(ratio: Ratio) -> Ratio:
+    """One number where all tensors have the same ratio."""
+    values = set(ratio.values()) if isinstance(ratio, Mapping) else {ratio}
+    return values.pop() if len(values) == 1 else ratio
+
+
+def _times(ratio: Ratio, factor: float, names: Iterable[str]) -> dict[str, float]:
+    return {name: (ratio[name] if isinstance(ratio, Mapping) else ratio) * factor for name in names}
 
 
 def _passes(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
@@ -817,13 +966,16 @@ def practice_metrics(facts: Mapping[str, Any]) -> dict[str, float]:
 
 def layer_metrics(layers: Mapping[str, Any]) -> dict[str, float]:
     """weights/change/<row> and its pre_merge/ twin; weights/cosine/<row>, weights/sign_agreement/<row> and
-    weights/effective_rank/<row> of the round's own update, where they are defined."""
+    weights/effective_rank/<row> of the round's own update, where they are defined; merge/ratio/<row>,
+    merge/share/<row>."""
     out = {}
     for prefix, which in (("", "merged"), ("pre_merge/", "pre_merge")):
         for row, figures in layers[which].items():
             out[f"{prefix}weights/change/{row}"] = figures["relative"]
     for row, figures in layers["update"].items():
         out |= {f"weights/{name}/{row}": value for name, value in figures.items() if value is not None}
+    for row, figures in layers["merge"].items():
+        out |= {f"merge/{name}/{row}": value for name, value in figures.items() if value is not None}
     return out
 
 

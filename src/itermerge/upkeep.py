@@ -27,14 +27,14 @@ from filelock import Timeout
 from rich.console import Console
 from rich.table import Table
 
-from .config import ModelLab, Root
+from .config import ModelLab, Root, is_vanilla
 from .store import MANIFEST, RUNS, WEIGHTS, StoreError, examine, is_held, lock_file, locks_in_doubt, remove_weights
 
 KEEP_ALL_UP_TO = 256 * 2**20  # bytes of float32 weights up to which store.keep=auto means all
 UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 STAGES = (
     "sample", "verify", "fit", "merge", "evaluate", "held_out", "probe", "solutions_ood", "importance", "update",
-    "analyze",
+    "analyze", "search",
 )  # fmt: skip
 
 
@@ -61,13 +61,14 @@ def need(runs: Sequence[tuple[Root, int]], workers: int = 1) -> tuple[int, int]:
     store = run = in_hand = 0
     for group in chains.values():
         (cfg, size), lengths = group[0], [c.rounds for c, _ in group]
-        copies = 1 if getattr(cfg.merge, "ratio", 1.0) == 1.0 else 2  # at ratio 1 the merged model is the tuned one
+        copies = 1 if is_vanilla(cfg.merge) else 2  # there the merged model is the tuned one
         keep = keep_of(cfg, size)
         # in half models: a round's update is half a model; under `last` fit and update of round 1 stay as well
         halves = {"all": max(lengths) * (2 * copies + 1), "last": 3 * len(group) + 3, "none": 0}[keep]
         store += size * halves // 2
         run += size * {"all": sum(lengths), "last": len(group), "none": 0}[keep]
         history = max(lengths) if getattr(cfg.merge, "anchor", "base") == "mean" and keep != "all" else 0
+        history += 2 * max(lengths) if getattr(cfg.merge, "over", "tuned") == "rounds" and keep != "all" else 0
         in_hand = max(in_hand, (4 + history) * size)  # a round's start, tuned and merged model, and two updates
     return store + workers * in_hand, run
 

@@ -7,7 +7,7 @@ Weights are read tensor by tensor, large ones in pieces, so that both models may
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -100,6 +100,25 @@ def update_figures(
             "effective_rank": rank / full if full else None,
         }
         for row, (uv, uu, vv, equal, both, rank, full) in sorted(rows.items())
+    }
+
+
+def merge_shares(
+    anchor: Weights, tuned: Weights, merged: Weights, ratios: Mapping[str, float]
+) -> dict[str, dict[str, float | None]]:
+    """{row: {ratio, share}}: the mean over its weights of the ratio that was asked for, and the part of the tuned
+    model's difference to the anchor that the merged model has, <merged - anchor, tuned - anchor> / |tuned - anchor|^2
+    (None where they do not differ). The two agree for linear merges; other rules have shares of their own."""
+    rows: dict[str, list[float]] = {}
+    for name in sorted(merged):
+        at = rows.setdefault(place_of(name)[0], [0.0] * 4)
+        for a, t, m in _pieces(name, anchor, tuned, merged):
+            d = t - a
+            part = [ratios[name] * a.numel(), a.numel(), float((d * (m - a)).sum()), float(d.square().sum())]
+            at[:] = [x + y for x, y in zip(at, part, strict=True)]
+    return {
+        row: {"ratio": asked / n if n else None, "share": along / full if full else None}
+        for row, (asked, n, along, full) in sorted(rows.items())
     }
 
 

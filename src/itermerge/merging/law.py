@@ -63,7 +63,7 @@ class Method:
     threshold: float = 0.0
     agree: int = 2
     params: Mapping[str, Any] = field(default_factory=dict)
-    function: Callable[..., Tensor] | None = None
+    function: Callable[..., Any] | None = None
 
     @property
     def random(self) -> bool:

@@ -163,6 +163,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return {str(k): v for k, v in config.items()} if isinstance(config, dict) else {}
 
 
+MERGES = ("merge.kind", "merge.policy.kind", "merge.ratio")  # what tells merges apart; their parameters follow
+
+
 @dataclass(frozen=True)
 class Job:
     """A finished job of a sweep: its varied keys (`seed` apart), its rounds, its stage counts, and its retention."""
@@ -178,7 +181,28 @@ class Job:
 
     @property
     def vanilla(self) -> bool:
-        return self.config.get("merge.kind") == "none" or self.config.get("merge.ratio") == 1
+        return is_vanilla(self.config)
+
+    @property
+    def rule(self) -> str:
+        return rule_of(self.config)
+
+
+def rule_of(config: Mapping[str, Any]) -> str:
+    """The merge rule and, where it is not constant, the policy of its ratio."""
+    policy = config.get("merge.policy.kind", "constant")
+    return f"{config.get('merge.kind')}" + (f" {policy}" if policy != "constant" else "")
+
+
+def is_vanilla(config: Mapping[str, Any]) -> bool:
+    """Whether a flat config merges nothing: `config.is_vanilla` for configs of runs, older ones too."""
+    one = {"merge.combine": ("mean", "slerp"), "merge.sparsify": ("none",), "merge.over": ("tuned",)}
+    factors = [config.get(f"merge.policy.{name}", []) for name in ("rounds", "epochs", "layers", "search")]
+    factors += [[m["factor"] for m in config.get("merge.policy.modules", [])]]
+    factors += [[1 + config.get("merge.policy.strength", 0.0)], [1 + config.get("merge.policy.angle", False)]]
+    exact = all(config.get(key, values[0]) in values for key, values in one.items())
+    neutral = all(factor == 1 for values in factors for factor in values)
+    return config.get("merge.kind") == "none" or (config.get("merge.ratio") == 1 and exact and neutral)
 
 
 def label(keys: Mapping[str, Any], exact: bool = False) -> str:
@@ -214,14 +238,25 @@ def read_sweep(folder: Path) -> list[Job]:
     read = [r for r in read if "seed" in r[1] and _has_counts(r[2]) and r[3]]
     configs = [c for _, c, _, _ in read]
     varied = sorted({k for c in configs for k in c if len({str(other.get(k)) for other in configs}) > 1} - {"seed"})
+    varied = [k for k in varied if not (k.startswith("merge.") and k not in MERGES and _follows(k, configs))]
     if "merge.ratio" in varied and any("merge.ratio" in c for c in configs):
-        varied = [k for k in varied if k == "merge.kind" or not k.startswith("merge.") or all(k in c for c in configs)]
+        varied = [k for k in varied if k in MERGES or not k.startswith("merge.") or all(k in c for c in configs)]
     jobs = []
     for d, c, summary, rounds in read:
         best = min(max(int(number(summary, "best_round_by_validation") or 0), 0), len(rounds) - 1)
         jobs.append(Job(d, c["seed"], {k: c.get(k) for k in varied}, c, rounds, summary["stages"], best))
     twins = {_without_merge(j): j for j in jobs if j.vanilla}
     return [replace(j, retention=retention(j, twins.get(_without_merge(j)))) for j in jobs]
+
+
+def _follows(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a key of the merge has one value for each rule and policy, or is the run's seed."""
+    if key == "merge.seed" and all(c.get(key) in (None, c.get("seed")) for c in configs):
+        return True
+    values: dict[str, set[str]] = {}
+    for c in configs:
+        values.setdefault(str([c.get("merge.kind"), c.get("merge.policy.kind")]), set()).add(str(c.get(key)))
+    return len(values) > 1 and all(len(v) == 1 for v in values.values())
 
 
 def _has_counts(summary: Mapping[str, Any]) -> bool:
@@ -282,14 +317,14 @@ def by_ratio(jobs: Sequence[Job]) -> dict[str, dict[float, list[Job]]]:
     """The longest chains by their other keys, then by ratio (1: vanilla); where several merge rules were run, a row
     each, and vanilla belongs to all of them. Only rows of two ratios and more."""
     chains = longest(jobs)
-    rules = sorted({str(j.config.get("merge.kind")) for j in chains if not j.vanilla}) or ["none"]
+    rules = sorted({j.rule for j in chains if not j.vanilla}) or ["none"]
     cells: dict[str, dict[float, list[Job]]] = {}
-    for name, group in groups(chains, without=("merge.ratio", "merge.kind", "rounds")).items():
+    for name, group in groups(chains, without=("merge.ratio", "merge.kind", "merge.policy.kind", "rounds")).items():
         for rule in rules:
             row = name if len(rules) == 1 else rule if name == "run" else f"{rule} {name}"
             for job in group:
                 ratio = 1.0 if job.vanilla else job.config.get("merge.ratio")
-                if ratio is not None and (job.vanilla or str(job.config.get("merge.kind")) == rule):
+                if ratio is not None and (job.vanilla or job.rule == rule):
                     cells.setdefault(row, {}).setdefault(float(ratio), []).append(job)
     return {name: ratios for name, ratios in cells.items() if len(ratios) > 1}
 

@@ -49,7 +49,9 @@ def _list(rounds: Iterable[int]) -> str:
 def describe(config: Mapping[str, Any]) -> str:
     """What a run is, from its flat config: the merge, its ratio, learning rate and seed."""
     kind, ratio = config.get("merge.kind"), config.get("merge.ratio")
-    merge = "vanilla self-training (merge=none)" if kind == "none" else f"merge={kind} ratio={ratio}"
+    policy = config.get("merge.policy.kind", "constant")
+    merge = f"merge={kind} ratio={ratio}" + (f" policy={policy}" if policy != "constant" else "")
+    merge = "vanilla self-training (merge=none)" if kind == "none" else merge
     return f"{merge}, lr={config.get('sft.lr')}, seed={config.get('seed')}"
 
 
