@@ -41,7 +41,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +109,15 @@ class Chain:
 
     @property
     def rule(self) -> str:
-        """Rule and policy, as `ties_rounds` or `linear importance`; "" for linear with a constant ratio, for what merges
-        nothing, and at ratio 0, which is the base whatever the rule."""
+        """Rule and policy, as `ties_rounds` or `linear importance`; "" for linear with a constant ratio, for what
+        merges nothing, and at ratio 0, which is the base whatever the rule."""
         rule = rule_of(self.config)
         return "" if self.vanilla or not self.ratio or (rule == "linear" and self.ratio != 1) else rule
 
     def merge(self, key: str) -> Any:
-        """The value of a key of the merge; what older runs do not have is that of merge=linear, and a seed of masks that
-        is the run's is None."""
-        value = self.config.get(key, _linear().get(key))
+        """The value of a key of the merge; what older runs do not have is that of merge=linear, and a seed of masks
+        that is the run's is None."""
+        value = self.config.get(key, neutral().get(key))
         return None if key == "merge.seed" and value == self.config["seed"] else value
 
     def tasks(self, side: str) -> list[str]:
@@ -168,8 +168,8 @@ def _figures(line: Mapping[str, float]) -> dict[str, float]:
 
 
 @cache
-def _linear() -> dict[str, Any]:
-    """The keys of merge=linear that older runs do not have."""
+def neutral() -> dict[str, Any]:
+    """The keys of merge=linear that older runs do not have, and their values, which change nothing."""
     at = conf_dir() / "merge"
     merge, policy = (OmegaConf.to_container(OmegaConf.load(at / f)) for f in ("linear.yaml", "policy/constant.yaml"))
     assert isinstance(merge, dict)
@@ -276,12 +276,9 @@ def interval(units: Mapping[Unit, Items], resamples: int | None = None) -> Inter
     names = sorted(units)
     tasks = list(units[names[0]])
     per_unit = [np.stack([units[u][t] for u in names]) for t in tasks]  # (units, items) a task
-    rng = np.random.default_rng(0)
-    weights = unit_weights(names, resamples, rng)
+    weights, drawn = _draws(tuple(names), tuple(values.shape[1] for values in per_unit), resamples)
     means = np.zeros(resamples)
-    for values in per_unit:
-        size = values.shape[1]
-        counts = rng.multinomial(size, np.full(size, 1 / size), resamples) / size
+    for values, counts in zip(per_unit, drawn, strict=True):
         means += np.einsum("ri,ri->r", weights @ values, counts) / len(tasks)
     by_unit = np.mean([v.mean(1) for v in per_unit], 0).round(12)
     value = round(float(by_unit.mean()), 12)
@@ -291,6 +288,14 @@ def interval(units: Mapping[Unit, Items], resamples: int | None = None) -> Inter
     beyond = min(int(np.sum(means.round(12) <= 0)), int(np.sum(means.round(12) >= 0)))
     p = min(1.0, 2 * (1 + beyond) / (1 + resamples))
     return Interval(value, min(value, low), max(value, high), agree, len(names), p)
+
+
+@lru_cache(maxsize=8)
+def _draws(names: tuple[Unit, ...], sizes: tuple[int, ...], resamples: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Weights of units, and of each task's items, (resamples, items): alike for all intervals over the same ones."""
+    rng = np.random.default_rng(0)
+    weights = unit_weights(names, resamples, rng)
+    return weights, [rng.multinomial(n, np.full(n, 1 / n), resamples) / n for n in sizes]
 
 
 def unit_weights(names: Sequence[Unit], resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -336,7 +341,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Method], list[str]]:
 
 
 def find(folders: Sequence[Path]) -> tuple[list[Found], list[str]]:
-    """All chains below `folders`, and the run folders that are not finished. Raises StudyError when a folder has none."""
+    """All chains below `folders`, and the run folders that are not finished. Raises StudyError where one has none."""
     chains: list[Found] = []
     unfinished = []
     for folder in folders:
@@ -527,7 +532,7 @@ class Study:
         within 15%. A method without such a cell has no control, and is not in the mean over all of them.
         """
         rows = []
-        for how, find in (("ID (validation)", self._equal_id), ("drift", self._equal_drift)):
+        for how, find in (("ID (validation)", self.equal_id), ("drift", self._equal_drift)):
             pairs: list[tuple[Cell, Cell]] = []
             merged = [m for m in self.methods if not m.vanilla]
             for m in merged:
@@ -547,7 +552,8 @@ class Study:
                 rows.append({"equal": how, "method": f"mean of these {of}", **mean})
         return rows
 
-    def _equal_id(self, at: Cell, cells: Sequence[Cell]) -> Cell | None:
+    def equal_id(self, at: Cell, cells: Sequence[Cell]) -> Cell | None:
+        """Of the cells whose mean ID validation accuracy is at most a point away the one with the smallest drift."""
         target = at[0].mean("val/id/acc", at[1])
         near = [c for c in cells if abs(c[0].mean("val/id/acc", c[1]) - target) <= EQUAL_ID + 1e-9]
         return min(near, key=lambda c: c[0].mean("weights/drift", c[1]), default=None)
