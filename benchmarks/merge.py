@@ -1,6 +1,6 @@
 """Merging: `itermerge-merge` against mergekit and against plain copies, on one pair of Qwen2.5-shaped bf16 checkpoints.
 
-    python benchmarks/merge.py --mergekit VENV     # 0.5B, linear, dare, ties, slerp: about 40 minutes on two cores
+    python benchmarks/merge.py --mergekit VENV     # 0.5B, linear, dare, ties, slerp: about 15 minutes on two cores
     python benchmarks/merge.py --size 1.5b --rules linear ties --repeats 1
     python benchmarks/merge.py --all               # every rule of ours too; without --mergekit: ours and the limit
     python benchmarks/merge.py --callback          # the blend of a model in memory, alone
@@ -12,9 +12,12 @@ are made in --work, by default a temporary folder, and reused where they are alr
 Each repeat runs limit, ours, mergekit, in this order, as whole processes over the same files in the page cache; the
 output is removed, and the disk's queue written out, between them, off the clock. Medians. The limit reads both inputs
 and writes an output of the same size with plain copies of 8 MB, no arithmetic; for `linear` it is what can be had.
-mergekit gets the settings that were its fastest here: `dtype: bfloat16` (its task arithmetic then rounds to bf16 at
-each step, where ours is in float32), `--no-write-model-card`, `--no-copy-tokenizer` (ours copies and writes both), and
-MERGEKIT_OPTIONS below; no GPU, HF_HUB_OFFLINE=1.
+mergekit gets the settings that were its fastest on two shared cores: `-j 1` (with torch's own two threads, its default,
+linear took 16-25 s instead of 9-14, SLERP 55-62 instead of 17, DARE 30 instead of 15, TIES 74 instead of 41);
+`dtype: bfloat16`, as fast as float32 for linear (its task arithmetic then rounds to bf16 at each step, where ours is
+in float32); no model card and no tokenizer (ours writes both). --async-write gained nothing at one output shard;
+--low-cpu-memory and --lazy-unpickle concern GPUs and pickles. No GPU, HF_HUB_OFFLINE=1. Try others with
+--mergekit-options: on an idle machine with more cores its default may win.
 
 Private memory is Anonymous + Swap of /proc/PID/smaps_rollup over the process and its children, the largest of samples
 each 20 ms, in runs of their own (sampling slows a process), so mapped files do not count. Exit status 1 if
@@ -151,7 +154,7 @@ CASES = {
     "tall_mask": Case(["merge=tall_mask"], tuned=2),
     "consensus": Case(["merge=consensus"], tuned=2),
 }
-MERGEKIT_OPTIONS = ["--no-write-model-card", "--no-copy-tokenizer", "--quiet"]
+MERGEKIT_OPTIONS = ["-j", "1", "--no-write-model-card", "--no-copy-tokenizer", "--quiet"]
 
 
 def _normal(seed: str, n: int) -> Any:
@@ -311,7 +314,7 @@ def measure(name: str, case: Case, args: argparse.Namespace, folders: list[Path]
     if args.mergekit and case.mergekit:
         recipe = args.work / "mergekit.yaml"
         recipe.write_text(case.mergekit.format(base=folders[0], tuned=tuned[0]))
-        commands["mergekit"] = [args.mergekit / "bin/mergekit-yaml", recipe, out, *MERGEKIT_OPTIONS]
+        commands["mergekit"] = [args.mergekit / "bin/mergekit-yaml", recipe, out, *args.mergekit_options]
     runs: dict[str, list[Run]] = {who: [] for who in commands}
     for repeat in range(args.repeats):
         for who, command in commands.items():
@@ -349,6 +352,9 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="all rules")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--callback", action="store_true", help="only the blend in memory")
+    parser.add_argument(
+        "--mergekit-options", type=str.split, default=MERGEKIT_OPTIONS, help="its flags, in one word: '-j 2 --quiet'"
+    )
     parser.add_argument("--words", nargs="*", default=[], help="further overrides of ours")
     args = parser.parse_args()
     shape = SHAPES[args.size]
