@@ -10,14 +10,16 @@ are made in --work, by default a temporary folder, and reused where they are alr
 1.5b, and one output more while it runs (two for --all: rules over rounds need a second tuned model).
 
 Each repeat runs limit, ours, mergekit, in this order, as whole processes over the same files in the page cache; the
-output is removed, and the disk's queue written out, between them, off the clock. Medians. The limit reads both inputs
-and writes an output of the same size with plain copies of 8 MB, no arithmetic; for `linear` it is what can be had.
-mergekit gets the settings that were its fastest on two shared cores: `-j 1` (with torch's own two threads, its default,
-linear took 16-25 s instead of 9-14, SLERP 55-62 instead of 17, DARE 30 instead of 15, TIES 74 instead of 41);
-`dtype: bfloat16`, as fast as float32 for linear (its task arithmetic then rounds to bf16 at each step, where ours is
-in float32); no model card and no tokenizer (ours writes both). --async-write gained nothing at one output shard;
---low-cpu-memory and --lazy-unpickle concern GPUs and pickles. No GPU, HF_HUB_OFFLINE=1. Try others with
---mergekit-options: on an idle machine with more cores its default may win.
+output is removed, and the disk's queue written out, between them, off the clock. Medians. So all three write into
+memory, and the disk takes it later; with --durable the clock runs until the output is on the disk. The limit reads
+both inputs and writes an output of the same size with plain copies of 8 MB, no arithmetic; for `linear` it is what can
+be had.
+
+mergekit gets the settings that were its fastest in single trials on two cores, others at work on them: `-j 1` (with
+its default, torch's own threads, linear took 16-25 s instead of 9-14, DARE 30 instead of 15, SLERP 55-62 instead of
+17, TIES 74 instead of 41: on an idle machine try `--mergekit-options`); `dtype: bfloat16` (its task arithmetic then
+rounds to bf16 at each step, where ours is in float32); no model card and no tokenizer. --async-write gained nothing at
+one output shard; --low-cpu-memory and --lazy-unpickle concern GPUs and pickles. No GPU, HF_HUB_OFFLINE=1.
 
 Private memory is Anonymous + Swap of /proc/PID/smaps_rollup over the process and its children, the largest of samples
 each 20 ms, in runs of their own (sampling slows a process), so mapped files do not count. Exit status 1 if
@@ -248,8 +250,18 @@ class Run:
     inside: float  # seconds that the process itself printed last; not a number where it printed none
 
 
-def run(command: Sequence[str | Path], out: Path, sample: bool = False) -> Run:
-    """Runs it to its end; raises with its output where it fails. Removes `out` before and after, off the clock."""
+def _to_disk(folder: Path) -> None:
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def run(command: Sequence[str | Path], out: Path, durable: bool = False, sample: bool = False) -> Run:
+    """Runs it to its end, `durable`: until its output is on the disk; exits with what it said where it fails.
+
+    Removes `out` before and after, off the clock.
+    """
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     private = 0
@@ -264,6 +276,8 @@ def run(command: Sequence[str | Path], out: Path, sample: bool = False) -> Run:
                 private = max(private, _private_bytes(process.pid))
                 time.sleep(0.02)
         _, status, usage = os.wait4(process.pid, 0)
+        if durable and status == 0:
+            _to_disk(out)
         seconds = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)
@@ -318,7 +332,7 @@ def measure(name: str, case: Case, args: argparse.Namespace, folders: list[Path]
     runs: dict[str, list[Run]] = {who: [] for who in commands}
     for repeat in range(args.repeats):
         for who, command in commands.items():
-            runs[who].append(run(command, out))
+            runs[who].append(run(command, out, args.durable))
             print(f"  {name}, repeat {repeat + 1}: {who} {runs[who][-1].seconds:.2f} s", file=sys.stderr, flush=True)
     peak = {who: run(command, out, sample=True) for who, command in commands.items() if who != "limit"}
     median = {who: statistics.median(r.seconds for r in rs) for who, rs in runs.items()}
@@ -351,6 +365,7 @@ def main() -> None:
     parser.add_argument("--rules", nargs="+", choices=CASES, help="default: those with a peer")
     parser.add_argument("--all", action="store_true", help="all rules")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--durable", action="store_true", help="stop the clock when the output is on the disk (fsync)")
     parser.add_argument("--callback", action="store_true", help="only the blend in memory")
     parser.add_argument(
         "--mergekit-options", type=str.split, default=MERGEKIT_OPTIONS, help="its flags, in one word: '-j 2 --quiet'"
