@@ -320,7 +320,7 @@ def measure(name: str, case: Case, args: argparse.Namespace, folders: list[Path]
     """Prints one row; whether our memory is within the bound."""
     out, tuned = args.work / "out", folders[1 : 1 + case.tuned]
     commands: dict[str, list[str | Path]] = {
-        "limit": [sys.executable, __file__, "--plain-copy", folders[0], folders[1], out]
+        "limit": [sys.executable, Path(__file__).absolute(), "--plain-copy", folders[0], folders[1], out]
     }
     if args.ours.exists():
         words = [f"base={folders[0]}", f"tuned=[{','.join(map(str, tuned))}]", f"out={out}", *case.words]
@@ -372,6 +372,8 @@ def main() -> None:
     )
     parser.add_argument("--words", nargs="*", default=[], help="further overrides of ours")
     args = parser.parse_args()
+    args.ours = args.ours.absolute()  # the processes run in the work folder
+    args.mergekit = args.mergekit and args.mergekit.absolute()
     shape = SHAPES[args.size]
     if args.callback:
         callback(shape, args.repeats)
