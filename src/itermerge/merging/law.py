@@ -247,7 +247,10 @@ class Merge:
         combine = self._combiner(name)
 
         def law(begin: int, end: int) -> Tensor:
-            updates = [part(self._update(i, name, begin, end), begin) for i, part in enumerate(thin)]
+            updates = [self._update(i, name, begin, end) for i in range(len(thin))]
+            if not all(map(_is_finite, updates)):  # masks and elections would hide it
+                raise MergeError(self._what_is_not_finite(name))
+            updates = [part(update, begin) for part, update in zip(thin, updates, strict=True)]
             return torch.add(
                 anchor(begin, end), combine(updates), alpha=ratio, out=self._buffer("merged", end - begin, device)
             )
@@ -416,7 +419,7 @@ def _thin_by_rank(update: Tensor, row: int, m: Method, draws: np.ndarray) -> Ten
     size = np.ascontiguousarray(rows.abs().cpu().numpy()).view(np.uint32).astype(np.uint64)
     packed = (size << np.uint64(32)) | (row - 1 - np.arange(row, dtype=np.uint64))  # of equal ones, the first is larger
     packed.sort(axis=1)
-    order = (row - 1 - (packed & np.uint64(0xFFFFFFFF)).astype(np.int64))
+    order = row - 1 - (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
     line = np.linspace(m.density - m.epsilon, m.density + m.epsilon, row) if row > 1 else np.array([m.density])
     line = line.clip(0, 1)
     p = np.empty(size.shape)
