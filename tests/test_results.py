@@ -15,7 +15,7 @@ from itermerge import study, study_layers, study_merges
 RESULTS = Path(__file__).parent.parent / "results"
 STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/matched.csv"))
 TABLES = ("tasks", "grid", "chosen", "matched", "robust")
-CONTROLS = {"lab_merges": "lab_study", "smollm2_merges": "smollm2"}  # of which study a study of merges takes its controls
+CONTROLS = {"lab_merges": "lab_study", "smollm2_merges": "smollm2"}  # where a study of merges takes its controls
 MERGES = sorted(f.parent.name for f in RESULTS.glob("*/merges.csv"))
 
 

@@ -256,19 +256,19 @@ class Merges:
         for m in self.rules:
             series = "policies of the linear ratio" if m.rule.startswith("linear") else "merge rules"
             points.append(self._point(m, last, series, side) | {"label": self.label(m)})
+        lines = {m.lr: "constant ratios" + (f", lr {m.lr:g}" if len(rates) > 1 else "") for m in self.rules}
         curves, dust = [], []
         for m in (*self.constants, *study.vanilla):
-            series = "vanilla, by learning rate" if m.vanilla else "constant ratios"
-            dust += [self._point(m, t, series, side) for t in range(1, last + (m not in study.vanilla))]
+            series = "vanilla, by learning rate" if m.vanilla else lines.get(m.lr, lines[rates[0]])
+            dust += [self._point(m, t, series, side) for t in range(1, last + (not m.vanilla))]
             if m.vanilla or m.lr in rates:
-                said = f"ratio {m.ratio:g}" + (f", lr {m.lr:g}" if len(rates) > 1 else "")
-                said = f"vanilla, lr {m.lr:g}" if m.vanilla else said
+                said = f"vanilla, lr {m.lr:g}" if m.vanilla else f"ratio {m.ratio:g}"
                 at = m.lr if m.vanilla else m.ratio
                 curves.append(self._point(m, last, series, side) | {"at": at, "label": said})
-        colours = {
-            "merge rules": charts.BLUE, "policies of the linear ratio": charts.VERMILLION,
-            "constant ratios": charts.GREEN, "vanilla, by learning rate": charts.GREY,
-        }  # fmt: skip
+        greens = dict(zip(lines.values(), (charts.GREEN, charts.SKY, charts.PURPLE, charts.ORANGE), strict=False))
+        colours = {"merge rules": charts.BLUE, "policies of the linear ratio": charts.VERMILLION, **greens}
+        colours |= {"vanilla, by learning rate": charts.GREY}
+        colours = {k: v for k, v in colours.items() if k in {row["series"] for row in (*points, *curves)}}
         panel = charts.named(
             points, curves, dust, colours, x="ID accuracy: change since the base (points)",
             y=f"{side} accuracy: change since the base (points)",

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -452,6 +453,12 @@ def named(
         (left, top), (right, bottom) = (pixels({d: row[f"{end}_{d}"] for d in "xy"}) for end in ("low", "high"))
         (px, py) = pixels(row)
         marks += [(left, py, right, py), (px, min(top, bottom), px, max(top, bottom))]
+    lines = sorted(curves, key=lambda row: (row["series"], row["at"]))
+    for a, b in pairwise(lines):
+        if a["series"] == b["series"]:
+            (ax, ay), (bx, by_) = pixels(a), pixels(b)
+            on = [(ax + (bx - ax) * i / 40, ay + (by_ - ay) * i / 40) for i in range(41)]
+            marks += [(px - 1, py - 1, px + 1, py + 1) for px, py in on]
     boxes = beside([pixels(row) for row in said], [row["label"] for row in said], width, height, marks)
     leaders, texts = [], []
     for row, box in zip(said, boxes, strict=True):
@@ -461,12 +468,15 @@ def named(
             end = values(near)
             leaders.append({"x": row["x"], "y": row["y"], "x2": end[0], "y2": end[1]})
         middle = values(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
-        texts.append({"x": middle[0], "y": middle[1], "name": row["label"]})
-    lines = alt.Chart(_data(leaders)).mark_rule(strokeWidth=0.8, color=GREY)
-    layers.insert(2, lines.encode(across, up, x2="x2", y2="y2"))
+        texts.append({"x": middle[0], "y": middle[1], "name": row["label"], "series": row["series"]})
+    led = alt.Chart(_data(leaders)).mark_rule(strokeWidth=0.8, color=GREY)
+    layers.insert(2, led.encode(across, up, x2="x2", y2="y2"))
     written = alt.Chart(_data(texts))
     halo = written.mark_text(fontSize=11, stroke="white", strokeWidth=3, color="white", opacity=0.8)
-    layers += [t.encode(across, up, text="name:N") for t in (halo, written.mark_text(fontSize=11))]
+    layers += [
+        halo.encode(across, up, text="name:N"),
+        written.mark_text(fontSize=11).encode(across, up, by, text="name:N"),
+    ]
     return alt.layer(*layers).properties(width=width, height=height)
 
 
