@@ -45,11 +45,22 @@ def knob(
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters in place of training all weights; each fit begins new ones and ends with them folded in."""
+
+    rank: int | None = field(default=MISSING, metadata={"ge": 1})
+    alpha: float = knob(gt=0)
+    dropout: float = knob(ge=0, lt=1)
+    targets: Any = MISSING  # all-linear, or a list of module names
+
+
+@dataclass
 class ModelLab:
     """The lab's base model of one pretraining seed; 0, 1 and 2 are in the package."""
 
     kind: str = "lab"
     seed: int = knob(ge=0)
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass
@@ -60,6 +71,7 @@ class ModelHF:
     path: str = MISSING
     revision: str | None = None
     trust_remote_code: bool = MISSING
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass
@@ -539,6 +551,11 @@ def _cross_checks(root: Root) -> None:
         if root.merge.combine == "stock" and root.merge.over != "rounds":
             raise ConfigError("merge.combine=stock: one tuned model has no angle; use merge.over=rounds")
         _check_policy(root, root.merge)
+    targets = root.model.lora.targets
+    if targets != "all-linear" and not (
+        isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
+    ):
+        raise ConfigError(f"model.lora.targets: must be all-linear or a list of module names, got {targets!r}")
     _check_analysis(root.analysis)
     gpus = root.sweep.gpus
     if gpus not in (None, "all") and not (

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,7 @@ from .config import ConfigError, MergeEvents, MergeNone, ModelLab, Root, TaskLab
 from .evaluation import Exam
 from .policy import Policy, resolve
 from .rules import method_of, source_of
-from .sft import Example, FitSpec, SftError, fit
+from .sft import Example, FitSpec, LoraSpec, SftError, fit
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
 from .tracking import progress
@@ -163,6 +164,8 @@ class Bench:
     def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
         self.cfg, self.store, self.scratch = cfg, store, scratch
         self.device = device_of(cfg.trainer.accelerator)
+        if cfg.model.lora.rank is not None and not find_spec("peft"):
+            raise ConfigError("model.lora.rank: adapters need the extra 'lora': pip install 'itermerge[lora]'")
         self.method = merging.LINEAR if isinstance(cfg.merge, MergeNone) else method_of(cfg.merge)
         self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
         if self.precision == "auto":
@@ -817,8 +820,13 @@ class Bench:
             warmup_ratio=sft.warmup_ratio, weight_decay=sft.weight_decay, betas=(sft.beta1, sft.beta2),
             max_length=sft.max_length, accelerator="gpu" if self.device == "cuda" else "cpu", devices=1,
             precision=self.precision, accumulate_grad_batches=trainer.accumulate_grad_batches,
-            gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic,
+            gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic, lora=self._lora(),
         )  # fmt: skip
+
+    def _lora(self) -> LoraSpec | None:
+        lora = self.cfg.model.lora
+        targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
+        return None if lora.rank is None else LoraSpec(lora.rank, lora.alpha, lora.dropout, targets)
 
 
 class Anchor:
