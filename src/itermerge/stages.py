@@ -802,15 +802,9 @@ class Bench:
         that all of the round's events leave of its update; merge/search, the factor that the line search took."""
         at = self._events(now)
         sizes = {name: w.numel() for name, w in self.base_weights.items()}
-        total = sum(sizes.values())
         of = [self._ratios(now, epoch) for epoch in at[:-1]] + [_times(merged.ratio, 1, sizes)]
-        share = sum(
-            n * merging.effective_ratio([r[name] for r in of], self.cfg.sft.epochs, at) for name, n in sizes.items()
-        )  # fmt: skip
-        out = {
-            "merge/ratio": sum(n * of[-1][name] for name, n in sizes.items()) / total,
-            "merge/effective_ratio": share / total,
-        }
+        left = {n: merging.effective_ratio([r[n] for r in of], self.cfg.sft.epochs, at) for n in sizes}
+        out = {"merge/ratio": _mean(of[-1], sizes), "merge/effective_ratio": _mean(left, sizes)}
         return out | ({"merge/search": merged.search.facts["factor"]} if merged.search else {})
 
     def _fit_spec(self) -> FitSpec:
@@ -878,6 +872,13 @@ def _compact(ratio: Ratio) -> Ratio:
     """One number where all tensors have the same ratio."""
     values = set(ratio.values()) if isinstance(ratio, Mapping) else {ratio}
     return values.pop() if len(values) == 1 else ratio
+
+
+def _mean(values: Mapping[str, float], sizes: Mapping[str, int]) -> float:
+    """The mean over weights; the value itself where all tensors have the same."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return sum(n * values[name] for name, n in sizes.items()) / sum(sizes.values())
 
 
 def _times(ratio: Ratio, factor: float, names: Iterable[str]) -> dict[str, float]:
