@@ -136,6 +136,14 @@ class Merge:
 
         self._global = [_window(m, scan(i), sum(map(self._numel, self.names))) for i in range(len(self.tuned))]
 
+    def state(self) -> list[list[int]] | None:
+        """What `prepare` found, and how far equal magnitudes have been counted: for `restore`, after a whole tensor."""
+        return self._global and [[w.upper, w.skip, w.lower, w.quota, *w.seen] for w in self._global]
+
+    def restore(self, state: Sequence[Sequence[int]]) -> None:
+        """Goes on from what another `Merge` of the same inputs had as its `state`, in place of `prepare`."""
+        self._global = [_Window(*w[:4], seen=list(w[4:])) for w in state]
+
     def passes(self) -> int:
         """How often the updates are read before they are merged, in `prepare` and in `pieces`."""
         if self.method.sparsify in ("magnitude", "band"):
