@@ -410,7 +410,8 @@ class Between:
 IN_TRAINING = ("anchor", "every_n_epochs", "reset_optimizer")
 # Of a policy, what leaves the ratio as it is. Between checkpoints all but `layers` and `modules` must be so.
 NEUTRAL: Mapping[str, Any] = {
-    "rounds": [1.0], "epochs": [1.0], "at_end": False, "importance": None, "strength": 0.0, "angle": False, "search": [],
+    "rounds": [1.0], "epochs": [1.0], "at_end": False, "importance": None, "strength": 0.0, "angle": False,
+    "search": [],
 }  # fmt: skip
 KINDS: Mapping[str, Mapping[str, type]] = {
     "program": {"imm": ProgramImm, "pretrain_lab": ProgramPretrainLab},

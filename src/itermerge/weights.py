@@ -18,17 +18,10 @@ from torch import Tensor
 
 Weights = Mapping[str, Tensor]
 WEIGHTS_FILE = "model.safetensors"
-_NOT_COPIED = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".md",
-    ".gitattributes",
-    "recipe.json",
-)
+WEIGHT_FILES = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
+)  # fmt: skip
+_NOT_COPIED = (*WEIGHT_FILES, ".md", ".gitattributes", "recipe.json", "mergekit.yaml")
 # Masks and frequencies that checkpoints of older models hold beside their weights.
 _BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 
@@ -78,6 +71,11 @@ def place_of(name: str) -> tuple[str, str]:
     if re.search(r"emb|wte|wpe", name):
         return "embed", "embed"
     return "norm", "norm"
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return place_of(name)[0] in ("embed", "head") and not re.search(r"wpe|position", name)
 
 
 def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
@@ -194,7 +192,7 @@ def comparable(
             if sum(n.removeprefix(prefix) in theirs for n in mine if n.startswith(prefix)) > len(theirs) / 2:
                 sides[side] = mine.renamed(lambda n, prefix=prefix: n.removeprefix(prefix))
     for side in sides:
-        heads = {n for n in sides[side] if place_of(n)[0] == "head" and _is_tied(sides[side], n)}
+        heads = {n for n in sides[side] if place_of(n)[0] == "head" and tied_to(sides[side], n)}
         sides[side], dropped = sides[side].without(heads)
         if dropped:
             notes.append(f"{dropped[0]} of {side} is left out: it is tied to the embeddings")
@@ -215,8 +213,7 @@ def _cut(sides: dict[str, Checkpoint], name: str) -> list[str]:
     notes, (base, tuned) = [], (sides["base"], sides[name])
     for tensor in sorted(base.keys() & tuned.keys()):
         a, b = base.shapes[tensor], tuned.shapes[tensor]
-        vocabulary = place_of(tensor)[0] in ("embed", "head") and not re.search(r"wpe|position", tensor)
-        if a == b or not vocabulary or a[1:] != b[1:]:
+        if a == b or not is_vocabulary(tensor) or a[1:] != b[1:]:
             continue
         rest = f"{name}'s other {b[0] - a[0]} are kept" if b > a else f"base's other {a[0] - b[0]} are left out"
         notes.append(f"{tensor}: base has {a[0]} rows, {name} {b[0]}: the first {min(a[0], b[0])} are merged, {rest}")
@@ -225,9 +222,10 @@ def _cut(sides: dict[str, Checkpoint], name: str) -> list[str]:
     return notes
 
 
-def _is_tied(model: Checkpoint, head: str) -> bool:
+def tied_to(model: Checkpoint, head: str) -> str | None:
+    """The embeddings that a head is equal to."""
     twins = [n for n in model if place_of(n)[0] == "embed" and model.shapes[n] == model.shapes[head]]
-    return any(torch.equal(model[head], model[twin]) for twin in twins)
+    return next((twin for twin in twins if torch.equal(model[head], model[twin])), None)
 
 
 def digest_weights(weights: Weights) -> str:
