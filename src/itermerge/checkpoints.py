@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -101,6 +102,11 @@ class Job:
             check_dtypes(key, model)
         self.notes: list[str] = []
         self.base, self.tuned = self._compared()
+        for name in self.base:
+            kinds = {DTYPES[model.dtypes[name]].is_floating_point for model in (self.base, *self.tuned)}
+            if len(kinds) > 1:
+                said = ", ".join(f"{m.dtypes[name]} in {m.files[name]}" for m in (self.base, *self.tuned))
+                raise PolicyError(f"{name}: is {said}; quantised weights cannot be merged, save a dequantised copy")
         policy = cfg.merge.policy
         modules = [(m["match"], m["factor"]) for m in policy.modules]
         self.ratios = tensor_ratios(self.base, cfg.merge.ratio, layers=policy.layers, modules=modules)
@@ -130,15 +136,15 @@ class Job:
                 self.notes += [note for note in notes if note not in self.notes]
             return base, [comparable(base, model, key, common_rows=True)[1] for key, model in models.items()]
         except PolicyError as error:
-            kinds = [f"{key} is a {kind_of(model.folder)}" for key, model in self.inputs.items()]
-            raise PolicyError(f"{error} ({', '.join(kinds)})") from error
+            kinds = [f"{key}, {model.folder}, is a {kind_of(model.folder)}" for key, model in self.inputs.items()]
+            raise PolicyError(f"{error} ({'; '.join(kinds)})") from error
 
     def _layout(self) -> tuple[dict[str, list[Slot]], dict[str, bytes]]:
         """(places of each merged tensor, header of each file)"""
         names = {stored: name for name, stored in self.tuned[0].stored.items()}
         for head in [n for n in self.whole if place_of(n)[0] == "head" and n not in names]:
             names[head] = names[tied_to(self.whole, head) or ""]
-            self.notes.append(f"{head} is written as the merged embeddings")
+            self.notes.append(f"{head} of the output is the merged embeddings again, as in {self.cfg.tuned[0]}")
         dtypes = {stored: DTYPES[self.whole.dtypes[stored]] for stored in names}
         if self.cfg.dtype is not None:
             asked = getattr(torch, self.cfg.dtype)
@@ -170,7 +176,7 @@ class Job:
         files = {key: [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files_of(model)]
                  for key, model in self.inputs.items()}  # fmt: skip
         code = source_digest(("merging", "weights.py", "checkpoints.py")), source_of(self.method)
-        what = [recipes.recipe(self), files, code, [version_of(p) for p in ("torch", "numpy")], sorted(self.others)]
+        what = [recipes.recipe(self), files, code, [version(p) for p in ("torch", "numpy")], sorted(self.others)]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
@@ -419,8 +425,12 @@ def _prepared(job: Job, journal: _Journal, files: Mapping[str, int]) -> Merge:
 def write_tensor(job: Job, work: Merge, name: str, files: Mapping[str, int]) -> None:
     """The merged pieces of a tensor at their places in the files, and the rows that only the tuned model has."""
     slots = job.slots[name]
-    for begin, _, piece in work.pieces(name):
-        _put_piece(files, slots, begin, piece)
+    try:
+        for begin, _, piece in work.pieces(name):
+            _put_piece(files, slots, begin, piece)
+    except MergeError as error:
+        where = [str(model.files[name]) for model in (job.base, *job.tuned)]
+        raise MergeError(str(error) if where[0] in str(error) else f"{error} ({', '.join(where)})") from error
     merged, total = math.prod(job.base.shapes[name]), math.prod(slots[0].shape)
     rest = job.whole[slots[0].stored].reshape(-1)
     for begin in range(merged, total, PIECE):
@@ -477,9 +487,9 @@ def show_plan(job: Job) -> None:
     table = Table(title="plan", title_justify="left", padding=(0, 0))
     for column in ("row", "tensors", "parameters", "ratio"):
         table.add_column(column, justify="left" if column == "row" else "right")
-    for row, names in by_row(job).items():
+    for row, names in recipes.by_row(job).items():
         weights = sum(math.prod(job.base.shapes[n]) for n in names)
-        table.add_row(row, str(len(names)), f"{weights:,}", ratio_said([job.ratios[n] for n in names]))
+        table.add_row(row, str(len(names)), f"{weights:,}", recipes.ratio_said([job.ratios[n] for n in names]))
     console.print(table)
     seconds, memory = estimate(job)
     shards: dict[str, int] = {}
@@ -494,7 +504,7 @@ def show_plan(job: Job) -> None:
         "copied": ", ".join(job.others),
         "notes": "; ".join(job.notes) or "nothing is left out",
         "time": f"about {seconds:.0f} s of reading and arithmetic, measured on a sample; and what writing takes",
-        "memory": f"about {_mib(memory)}, whatever the model's size" if memory else "not known on this system",
+        "memory": f"about {_mib(memory)} of its own, beside mapped files" if memory else "not known on this system",
         "disk": f"{_mib(shutil.disk_usage(parent).free)} free at {parent}",
     }
     for key, text in said.items():
@@ -503,9 +513,9 @@ def show_plan(job: Job) -> None:
 
 def estimate(job: Job) -> tuple[float, int]:
     """(seconds, bytes of private memory), from the first rows of the tensor that half of all weights stand before."""
-    sizes = {n: math.prod(job.base.shapes[n]) for n in job.base if DTYPES[job.base.dtypes[n]].is_floating_point}
+    sizes = {n: math.prod(job.base.shapes[n]) for n in job.base}
     total, before = sum(sizes.values()), 0
-    name = max(sizes, key=lambda n: sizes[n])
+    name = next(iter(sizes))
     for n in sorted(sizes, key=lambda n: sizes[n]):
         before += sizes[n]
         if 2 * before >= total:
@@ -534,26 +544,6 @@ def _private_memory() -> int:
             if line.startswith("Anonymous:"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-def by_row(job: Job) -> dict[str, list[str]]:
-    """{embed, layer_00, ..., norm, head: names of tensors}"""
-    rows: dict[str, list[str]] = {}
-    for name in sorted(job.base):
-        rows.setdefault(place_of(name)[0], []).append(name)
-    order = {"embed": 0, "norm": 2, "head": 3}
-    return {row: rows[row] for row in sorted(rows, key=lambda r: (order.get(r, 1), r))}
-
-
-def ratio_said(ratios: Sequence[float]) -> str:
-    low, high = min(ratios), max(ratios)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def version_of(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def _mib(size: float) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from .config import Merge, to_dict
+from .weights import place_of
 
 if TYPE_CHECKING:
     from .checkpoints import Job
@@ -71,8 +72,6 @@ def header_digest(file: Path) -> str:
 
 def card(job: Job) -> str:
     """README.md, with the head that the Hugging Face hub reads."""
-    from .checkpoints import by_row, ratio_said
-
     cfg, merge = job.cfg, job.cfg.merge
     named = [path for path in (cfg.base, *cfg.tuned) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)
              and not Path(path).is_dir()]  # fmt: skip
@@ -101,6 +100,20 @@ def card(job: Job) -> str:
     lines += [f"    itermerge-merge {' '.join(map(shlex.quote, job.typed))}", ""]
     lines += [f"Config and inputs: `{RECIPE}`. Configs, tokenizer and code are those of {cfg.tuned[0]}.", ""]
     return "\n".join(lines)
+
+
+def by_row(job: Job) -> dict[str, list[str]]:
+    """{embed, layer_00, ..., norm, head: names of tensors}"""
+    rows: dict[str, list[str]] = {}
+    for name in sorted(job.base):
+        rows.setdefault(place_of(name)[0], []).append(name)
+    order = {"embed": 0, "norm": 2, "head": 3}
+    return {row: rows[row] for row in sorted(rows, key=lambda r: (order.get(r, 1), r))}
+
+
+def ratio_said(ratios: Sequence[float]) -> str:
+    low, high = min(ratios), max(ratios)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def parameters_of(merge: Merge) -> dict[str, Any]:

@@ -138,7 +138,9 @@ class Merge:
 
     def state(self) -> list[list[int]] | None:
         """What `prepare` found, and how far equal magnitudes have been counted: for `restore`, after a whole tensor."""
-        return self._global and [[w.upper, w.skip, w.lower, w.quota, *w.seen] for w in self._global]
+        if self._global is None:
+            return None
+        return [[w.upper, w.skip, w.lower, w.quota, *w.seen] for w in self._global]
 
     def restore(self, state: Sequence[Sequence[int]]) -> None:
         """Goes on from what another `Merge` of the same inputs had as its `state`, in place of `prepare`."""
