@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 
-from itermerge.config import check, check_analyze, conf_dir
+from itermerge.config import check, check_analyze, check_between, conf_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,6 +52,14 @@ def test_the_analyze_commands_compose() -> None:
     for words in found:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             check_analyze(compose("analyze", [*shlex.split(words), "out=somewhere"]))
+
+
+def test_the_merge_commands_compose() -> None:
+    found = re.findall(r"^    itermerge-merge (.*?)(?: +#.*)?$", README, re.M)
+    assert len(found) >= 3
+    for words in found:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            check_between(compose("checkpoints", shlex.split(words)), shlex.split(words))
 
 
 def test_every_metric_that_the_readme_names_is_one_of_a_run(tmp_path: Path) -> None:

@@ -32,14 +32,14 @@ from .analysis.importance import importance
 from .analysis.mismatch import interval_of_means, mismatch
 from .config import ConfigError, MergeEvents, MergeNone, ModelLab, Root, TaskLab, TaskWords, is_vanilla, label
 from .evaluation import Exam
-from .policy import Policy, resolve
+from .policy import Policy
 from .rules import method_of, source_of
 from .sft import Example, FitSpec, LoraSpec, SftError, fit
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
 from .tracking import progress
 from .upkeep import keep_of
-from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, read_weights, write_folder
+from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, read_weights, resolve, write_folder
 
 T = TypeVar("T")
 Ratio = float | Mapping[str, float]
