@@ -50,7 +50,7 @@ from .weights import (
 )  # fmt: skip
 
 JOURNAL = "journal.jsonl"
-SYNC = 1 << 26  # bytes written between two entries of the journal, which a kill costs at most
+SYNC = 1 << 28  # bytes written between two entries of the journal, which a kill costs at most
 SAMPLE = 1 << 22  # weights that a plan measures the time of
 TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
 # The dtypes that can be merged (whole numbers: if they are equal), as safetensors calls them.

@@ -125,16 +125,18 @@ class Merge:
         if m.scope != "model" or m.sparsify not in ("magnitude", "band"):
             return
 
+        names = [n for n in self.names if self.anchor[n].is_floating_point()]
+
         def scan(i: int) -> Callable[[], Iterator[Tensor]]:
             def magnitudes() -> Iterator[Tensor]:
-                for name in self.names:
+                for name in names:
                     for begin, end in self._grid(name):
                         yield self._update(i, name, begin, end)
                         on_piece(end - begin)
 
             return magnitudes
 
-        self._global = [_window(m, scan(i), sum(map(self._numel, self.names))) for i in range(len(self.tuned))]
+        self._global = [_window(m, scan(i), sum(map(self._numel, names))) for i in range(len(self.tuned))]
 
     def state(self) -> list[list[int]] | None:
         """What `prepare` found, and how far equal magnitudes have been counted: for `restore`, after a whole tensor."""
@@ -145,12 +147,6 @@ class Merge:
     def restore(self, state: Sequence[Sequence[int]]) -> None:
         """Goes on from what another `Merge` of the same inputs had as its `state`, in place of `prepare`."""
         self._global = [_Window(*w[:4], seen=list(w[4:])) for w in state]
-
-    def passes(self) -> int:
-        """How often the updates are read before they are merged, in `prepare` and in `pieces`."""
-        if self.method.sparsify in ("magnitude", "band"):
-            return 2
-        return int(self.method.combine in ("slerp", "stock"))
 
     def pieces(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
         """(begin, end, merged weights in float32) of a tensor, flattened; on the tuned tensor's device. What is given
