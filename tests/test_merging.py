@@ -128,9 +128,8 @@ def test_ties_over_the_whole_model_by_hand() -> None:
 
 def test_whole_numbers_are_not_counted_over_the_model() -> None:
     anchor = {"a": torch.zeros(2), "ids": torch.arange(100)}
-    merged = Merge(
-        Method(sparsify="magnitude", density=0.5, scope="model"), anchor, [{**anchor, "a": torch.tensor([1.0, 2.0])}], 1.0
-    ).all()
+    method = Method(sparsify="magnitude", density=0.5, scope="model")
+    merged = Merge(method, anchor, [{**anchor, "a": torch.tensor([1.0, 2.0])}], 1.0).all()
     assert merged["a"].tolist() == [0.0, 2.0]
 
 
