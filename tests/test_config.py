@@ -17,11 +17,15 @@ import itermerge
 from itermerge.config import KINDS, ConfigError, MergeNone, check, conf_dir, to_dict
 
 GROUPS = sorted(d.name for d in conf_dir().iterdir() if d.is_dir() and d.name not in ("experiment", "hydra"))
-MEMBERS = [(g, f.stem) for g in GROUPS for f in sorted((conf_dir() / g).glob("*.yaml"))]
+MEMBERS = [(g, f.stem) for g in (*GROUPS, "merge/policy") for f in sorted((conf_dir() / g).glob("*.yaml"))]
 EXPERIMENTS = sorted(
     str(f.relative_to(conf_dir() / "experiment").with_suffix("")) for f in (conf_dir() / "experiment").rglob("*.yaml")
 )
-NEEDS = {("model", "hf"): ["model.path=/somewhere"]}  # members that are not whole without a value of the user's
+NEEDS = {  # members that are not whole without a value of the user's, or go with another one
+    ("model", "hf"): ["model.path=/somewhere"],
+    ("merge/policy", "angle"): ["merge.every_n_epochs=last"],
+    ("merge/policy", "search"): ["merge.every_n_epochs=last"],
+}
 
 
 def test_default_config() -> None:
@@ -41,7 +45,9 @@ def test_all_groups_are_found() -> None:
 @pytest.mark.parametrize(("group", "member"), MEMBERS)
 def test_every_member_passes(group: str, member: str) -> None:
     root = check(compose_config(f"{group}={member}", *NEEDS.get((group, member), [])))
-    if group not in ("suite", "launch"):
+    if group == "merge/policy":
+        assert root.merge.policy.kind == member
+    elif group not in ("suite", "launch"):
         kinds = KINDS[group]
         assert type(getattr(root, group)) is kinds.get(getattr(root, group).kind, kinds.get("*"))
 
