@@ -306,14 +306,24 @@ def callback(shape: Shape, repeats: int) -> None:
     """
     import torch
 
-    sizes = shape.tensors()
-    parameters = [torch.full(dims, 0.5) for dims in sizes.values()]
-    anchor = [torch.full(dims, 0.25) for dims in sizes.values()]
-    best = {"copy": 0.0}
+    from itermerge.merging import MergeCallback
+
+    model = torch.nn.Module()
+    for name, dims in shape.tensors().items():
+        model.register_parameter(name.replace(".", "_"), torch.nn.Parameter(torch.full(dims, 0.5)))
+    anchor = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
+    size = 4 * sum(w.numel() for w in anchor.values())
+    best, merge = {"copy": 0.0, "blend": 0.0}, MergeCallback(anchor).merge
     for _ in range(repeats + 1):
-        best["copy"] = max(best["copy"], copy_bandwidth(anchor, parameters))
-        # TODO the same pass by MergeCallback; 3 * bytes / seconds
-    print(f"copy bandwidth: {best['copy'] / 1e9:.1f} GB/s over {sum(p.numel() for p in parameters) * 4 / 1e9:.1f} GB")
+        best["copy"] = max(best["copy"], copy_bandwidth(list(anchor.values()), [p.data for p in model.parameters()]))
+        began = time.perf_counter()
+        merge(model, 0.5)
+        best["blend"] = max(best["blend"], 3 * size / (time.perf_counter() - began))
+    print(
+        f"a model of {size / 1e9:.1f} GB in float32, {torch.get_num_threads()} threads: copies move "
+        f"{best['copy'] / 1e9:.1f} GB/s, the blend {best['blend'] / 1e9:.1f} GB/s: {best['blend'] / best['copy']:.2f} "
+        "of it (target 0.70)"
+    )
 
 
 def measure(name: str, case: Case, args: argparse.Namespace, folders: list[Path]) -> bool:

@@ -17,11 +17,15 @@ import itermerge
 from itermerge.config import KINDS, ConfigError, MergeNone, check, conf_dir, to_dict
 
 GROUPS = sorted(d.name for d in conf_dir().iterdir() if d.is_dir() and d.name not in ("experiment", "hydra"))
-MEMBERS = [(g, f.stem) for g in GROUPS for f in sorted((conf_dir() / g).glob("*.yaml"))]
+MEMBERS = [(g, f.stem) for g in (*GROUPS, "merge/policy") for f in sorted((conf_dir() / g).glob("*.yaml"))]
 EXPERIMENTS = sorted(
     str(f.relative_to(conf_dir() / "experiment").with_suffix("")) for f in (conf_dir() / "experiment").rglob("*.yaml")
 )
-NEEDS = {("model", "hf"): ["model.path=/somewhere"]}  # members that are not whole without a value of the user's
+NEEDS = {  # members that are not whole without a value of the user's, or go with another one
+    ("model", "hf"): ["model.path=/somewhere"],
+    ("merge/policy", "angle"): ["merge.every_n_epochs=last"],
+    ("merge/policy", "search"): ["merge.every_n_epochs=last"],
+}
 
 
 def test_default_config() -> None:
@@ -41,7 +45,9 @@ def test_all_groups_are_found() -> None:
 @pytest.mark.parametrize(("group", "member"), MEMBERS)
 def test_every_member_passes(group: str, member: str) -> None:
     root = check(compose_config(f"{group}={member}", *NEEDS.get((group, member), [])))
-    if group not in ("suite", "launch"):
+    if group == "merge/policy":
+        assert root.merge.policy.kind == member
+    elif group not in ("suite", "launch"):
         kinds = KINDS[group]
         assert type(getattr(root, group)) is kinds.get(getattr(root, group).kind, kinds.get("*"))
 
@@ -120,7 +126,31 @@ BAD = [
     (["trainer.precision=16-mixed", "trainer.accelerator=cpu"], r"^trainer\.precision: 16-mixed needs a GPU"),
     (["logger=wandb", "logger.mode=on"], r"^logger\.mode: .* is none of offline, online, disabled"),
     # unknown kinds and names
-    (["merge.kind=liner"], r"^merge\.kind: 'liner' is none of none, linear"),
+    (["merge.combine=men"], r"^merge\.combine: 'men' is none of mean, sum, elect, slerp, stock, tall, consensus"),
+    (["merge.density=0.5"], r"^merge\.density: merge=linear \(sparsify=none, combine=mean\) has no such parameter"),
+    (["merge=ties", "merge.rescale=true"], r"^merge\.rescale: merge=ties .* has no such parameter; leave it null"),
+    (["merge.sparsify=random"], r"^merge\.density: a value is needed by merge=linear \(sparsify=random"),
+    (["merge=dare", "merge.density=0"], r"^merge\.density: must be above 0, got 0"),
+    (["merge=dare", "merge.density=1.2"], r"^merge\.density: must be at most 1, got 1\.2"),
+    (["merge=dare", "merge.mask=new"], r"^merge\.mask: 'new' is none of fresh, fixed"),
+    (["merge=ties", "merge.scope=layer"], r"^merge\.scope: 'layer' is none of tensor, model"),
+    (["merge=della", "merge.epsilon=0.6"], r"^merge\.epsilon: density - epsilon must be above 0 .* epsilon 0\.6"),
+    (["merge=breadcrumbs", "merge.gamma=0.2"], r"^merge\.gamma: density \+ gamma must be at most 1, got 0\.9 \+ 0\.2"),
+    (["merge=task_arithmetic", "merge.weights=[1.0]"], r"^merge\.weights: a round has one tuned model"),
+    (["merge=model_stock", "merge.over=tuned"], r"^merge\.combine=stock: .*use merge\.over=rounds"),
+    (["merge=slerp", "merge.over=rounds"], r"^merge\.combine=slerp: goes with sparsify=none and over=tuned"),
+    (["+merge.params.k=1"], r"^merge\.params: are those of merge\.function"),
+    (["merge.policy.layers=[]"], r"^merge\.policy\.layers: expected a list of factors from 0, .* got \[\]"),
+    (["merge.policy.rounds=[3.0]"], r"^merge\.policy: merge\.ratio times its factors must stay at most 1"),
+    (["merge.policy.modules=[{match: q}]"], r"^merge\.policy\.modules\[0\]: expected \{match: PATTERN, factor: "),
+    (["merge.policy.modules=[{match: '(', factor: 1}]"], r"^merge\.policy\.modules\[0\]\.match: '\(' is no pattern"),
+    (["merge.policy.modules=[{match: q, factor: -1}]"], r"^merge\.policy\.modules\[0\]\.factor: must be a number"),
+    (["merge/policy=importance", "analysis.importance=[taylor]"], r"^merge\.policy\.importance: 'skip' is not"),
+    (["merge.policy.strength=0.5"], r"^merge\.policy\.strength: needs merge\.policy\.importance"),
+    (["merge/policy=angle"], r"^merge\.policy\.angle: decides after the fit; use merge\.every_n_epochs=last"),
+    (["merge/policy=search", "merge.every_n_epochs=last", "merge.policy.metric=val/mean/acc"],
+     r"^merge\.policy\.metric: val/mean/acc needs OOD validation items, suite\.n_validation=50"),
+    (["model.lora.targets=q_proj"], r"^model\.lora\.targets: must be all-linear or a list of .* got 'q_proj'"),
     (["suite.near=[{kind: labb, family: pair}]"], r"^suite\.near\[0\]\.kind: 'labb' is none of lab, gym"),
     (["task.family=chian"], r"^task\.family: .*'chian'"),
     (["suite.far=[{kind: lab, family: srot}]"], r"^suite\.far\[0\]\.family: .*'srot'"),

@@ -667,7 +667,19 @@ def test_a_failed_analysis_is_recorded_and_the_loop_goes_on(
     assert "importance failed, the run goes on without it: no blocks here" in caplog.text
     whole = read_rounds(cold)
     for line, other in zip(read_rounds(tmp_path / "run"), whole, strict=True):
-        gone = ("weights", "importance", "mismatch", "sample", "diversity", "kl", "train", "gap/mem", "merge/anchor")
+        gone = (
+            "weights",
+            "importance",
+            "mismatch",
+            "sample",
+            "diversity",
+            "kl",
+            "train",
+            "gap/mem",
+            "merge/anchor",
+            "merge/ratio/",
+            "merge/share/",
+        )
         kept = {k: v for k, v in other.items() if not k.removeprefix("pre_merge/").startswith((*gone, "train/"))}
         assert kept.items() <= line.items()
         assert {k for k in line if k.startswith("train_sample/")} == {k for k in other if k.startswith("train_sample/")}

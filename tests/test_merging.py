@@ -126,6 +126,13 @@ def test_ties_over_the_whole_model_by_hand() -> None:
     assert {k: v.tolist() for k, v in merged.items()} == {"a": [1.0, 5.0], "b": [4.0, 0.0, -6.0], "c": [0.0]}
 
 
+def test_whole_numbers_are_not_counted_over_the_model() -> None:
+    anchor = {"a": torch.zeros(2), "ids": torch.arange(100)}
+    method = Method(sparsify="magnitude", density=0.5, scope="model")
+    merged = Merge(method, anchor, [{**anchor, "a": torch.tensor([1.0, 2.0])}], 1.0).all()
+    assert merged["a"].tolist() == [0.0, 2.0]
+
+
 def test_breadcrumbs_by_hand() -> None:
     # of ten: the round(.2 * 10) = 2 largest go, the next round(.5 * 10) = 5 stay
     update = [1.0, -9.0, 3.0, 7.0, -5.0, 2.0, 4.0, 8.0, 6.0, 0.5]

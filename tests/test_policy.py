@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from itermerge.decoding import complete
-from itermerge.policy import Policy, resolve
-from itermerge.weights import PolicyError, check_same_tensors, digest_weights, read_weights, write_folder
+from itermerge.policy import Policy
+from itermerge.weights import PolicyError, check_same_tensors, digest_weights, read_weights, resolve, write_folder
 
 PROMPTS = ["add 34+18?", "sum 34+18-15+27?", "sort qhcae?", "count a abcabcabca?", "find 10+?=44?"]
 HOW: dict[str, Any] = {"max_new_tokens": 24}

@@ -13,11 +13,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep
 
-from itermerge.config import check, check_analyze, conf_dir
+from itermerge.config import check, check_analyze, check_between, conf_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 COMMANDS = [shlex.split(line.split(" # ")[0])[1:] for line in re.findall(r"^    (itermerge(?: .*)?)$", README, re.M)]
+OWN = [words for words in COMMANDS if "--config-dir" in words]  # with files that stand in the README, too
+COMMANDS = [words for words in COMMANDS if words not in OWN]
 
 
 def test_the_readme_has_commands() -> None:
@@ -27,8 +29,6 @@ def test_the_readme_has_commands() -> None:
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_command_composes(words: list[str]) -> None:
     overrides = [w for w in words if not w.startswith("-") and w != "job" and "DATE" not in w]
-    if "--config-dir" in words:
-        pytest.fail("give commands with a folder of the user's own inline, not as an example block")
     if "hydra/launcher=ray" in overrides:
         pytest.importorskip("ray", reason="ray is no part of the tests' environment")
     parsed = OverridesParser.create().parse_overrides(overrides)
@@ -46,12 +46,39 @@ def test_command_composes(words: list[str]) -> None:
                 check(compose("config", [*others, f"{override.key_or_group}={value}"]))
 
 
+def test_the_rule_of_ones_own_runs(tmp_path: Path) -> None:
+    """The README's function and YAML, written where it says, and its command on a small run."""
+    from conftest import SMALL, itermerge, read_rounds
+
+    block = README.partition("**A rule of your own**")[2].partition("Its text is part")[0]
+    files = re.findall(r"^    # (my_conf/\S+)\n((?:    .*\n)+)", block, re.M)
+    assert [name for name, _ in files] == ["my_conf/my_rules.py", "my_conf/merge/clip.yaml"]
+    for name, text in files:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(re.sub(r"^    ", "", text, flags=re.M))
+    (words,) = OWN
+    out = itermerge(*words, *SMALL, "rounds=1", "hydra.run.dir=run", "suite.pass_k_n=0", cwd=tmp_path)
+    assert out.returncode == 0, out.stderr
+    line = read_rounds(tmp_path / "run")[1]
+    assert line["merge/ratio"] == 0.7
+    assert 0 < line["merge/share/layer_00"] < 0.7  # what is clipped is smaller
+
+
 def test_the_analyze_commands_compose() -> None:
     found = re.findall(r"^    itermerge-analyze (.*?)(?: +#.*)?$", README, re.M)
     assert len(found) >= 2
     for words in found:
         with initialize_config_dir(str(conf_dir()), version_base="1.3"):
             check_analyze(compose("analyze", [*shlex.split(words), "out=somewhere"]))
+
+
+def test_the_merge_commands_compose() -> None:
+    found = re.findall(r"^    itermerge-merge (.*?)(?: +#.*)?$", README, re.M)
+    assert len(found) >= 3
+    for words in found:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            check_between(compose("checkpoints", shlex.split(words)), shlex.split(words))
 
 
 def test_every_metric_that_the_readme_names_is_one_of_a_run(tmp_path: Path) -> None:

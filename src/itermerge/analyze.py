@@ -21,11 +21,11 @@ from .analysis import change
 from .analysis.importance import importance
 from .analysis.mismatch import mismatch
 from .config import Analyze, ConfigError, label
-from .policy import Policy, resolve
+from .policy import Policy
 from .sft import Example
 from .tasks import check_gold, derive_seed
 from .tracking import console, progress
-from .weights import Checkpoint, comparable
+from .weights import Checkpoint, comparable, resolve
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from . import sweep, upkeep
-from .config import ConfigError, ProgramPretrainLab, Root, StoreLocal, check, check_analyze, conf_dir, to_dict
+from .config import (
+    ConfigError,
+    ProgramPretrainLab,
+    Root,
+    StoreLocal,
+    check,
+    check_analyze,
+    check_between,
+    conf_dir,
+    to_dict,
+)
 from .store import StoreError, is_disk_full, lock_file
 
 # What `pip install itermerge[...]` brings each of Hydra's launchers, and the module that shows that it is there.
@@ -100,6 +110,35 @@ def _analyze(composed: DictConfig) -> None:
         raise
 
 
+def merge_main() -> None:
+    """`itermerge-merge base=A tuned=B merge=RULE out=C`."""
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="checkpoints")(_merge)()
+
+
+def _merge(composed: DictConfig) -> None:
+    try:
+        users_own_modules()
+        typed = list(HydraConfig.get().overrides.task)
+        cfg = check_between(composed, typed)
+        _set_threads(1)  # torch's own; cfg.threads are tensors at a time
+        from . import checkpoints
+
+        checkpoints.merge(cfg, typed)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is written", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if _expected(error):
+            die(str(error))
+        raise
+
+
+def users_own_modules() -> None:
+    """Makes the folder of --config-dir one that Python modules are imported from."""
+    sources = HydraConfig.get().runtime.config_sources
+    sys.path[:0] = [s.path for s in sources if s.provider == "command-line" and s.path not in sys.path]
+
+
 class NotStarted(RuntimeError):
     """A job that was left out because another one had failed (sweep.on_error=stop)."""
 
@@ -121,6 +160,7 @@ def _job(composed: DictConfig) -> float | None:
     single = hydra_cfg.mode == RunMode.RUN
     lock = lock_file(folder / LOCK)
     try:
+        users_own_modules()
         cfg = check(composed)
         if single and cfg.sweep.resume:
             raise ConfigError("sweep.resume: goes on with a whole sweep; a single run goes on with hydra.run.dir=DIR")

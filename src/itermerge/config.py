@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,22 @@ def knob(
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters in place of training all weights; each fit begins new ones and ends with them folded in."""
+
+    rank: int | None = field(default=MISSING, metadata={"ge": 1})
+    alpha: float = knob(gt=0)
+    dropout: float = knob(ge=0, lt=1)
+    targets: Any = MISSING  # all-linear, or a list of module names
+
+
+@dataclass
 class ModelLab:
     """The lab's base model of one pretraining seed; 0, 1 and 2 are in the package."""
 
     kind: str = "lab"
     seed: int = knob(ge=0)
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass
@@ -60,6 +71,7 @@ class ModelHF:
     path: str = MISSING
     revision: str | None = None
     trust_remote_code: bool = MISSING
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass
@@ -379,6 +391,28 @@ class Analyze:
     paths: Paths = field(default_factory=Paths)
 
 
+@dataclass
+class Between:
+    """The config of `itermerge-merge`: checkpoints, the rule that merges them, and the folder that it makes."""
+
+    base: str = MISSING
+    tuned: Any = MISSING  # one, or a list
+    out: str = MISSING
+    merge: Merge = field(default_factory=Merge)
+    dtype: str | None = knob(among=("float32", "bfloat16", "float16"))  # null: the first tuned model's, by tensor
+    shard_size: Any = MISSING  # bytes, or a text as 5GB; null: the files that the first tuned model has
+    plan: bool = MISSING  # say what would be done, and write nothing
+    seed: int = knob(ge=0)
+    threads: int = knob(ge=1)  # tensors at a time; no part of the result
+
+
+# Keys of a rule that mean something in training alone.
+IN_TRAINING = ("anchor", "every_n_epochs", "reset_optimizer")
+# Of a policy, what leaves the ratio as it is. Between checkpoints all but `layers` and `modules` must be so.
+NEUTRAL: Mapping[str, Any] = {
+    "rounds": [1.0], "epochs": [1.0], "at_end": False, "importance": None, "strength": 0.0, "angle": False,
+    "search": [],
+}  # fmt: skip
 KINDS: Mapping[str, Mapping[str, type]] = {
     "program": {"imm": ProgramImm, "pretrain_lab": ProgramPretrainLab},
     "model": {"lab": ModelLab, "hf": ModelHF},
@@ -434,6 +468,69 @@ def check_analyze(composed: DictConfig) -> Analyze:
     return made
 
 
+def check_between(composed: DictConfig, typed: Sequence[str] = ()) -> Between:
+    """`composed` as the config of `itermerge-merge`; `typed` are the overrides of its command line. Raises
+    ConfigError."""
+    raw = _plain(composed)
+    rule = raw.get("merge")
+    if not isinstance(rule, dict) or not isinstance(rule.get("kind"), str):
+        raise ConfigError(f"merge: expected a rule with a kind, got {rule!r}")
+    if rule["kind"] == "none":
+        raise ConfigError("merge=none: would give back the tuned model; take a rule, as merge=linear")
+    _check_typed({word.lstrip("+~").partition("=")[0] for word in typed})
+    policy = rule.get("policy")
+    if rule.get("anchor", "base") != "base" or (isinstance(policy, dict) and policy.get("at_end")):
+        raise ConfigError(f"merge={rule['kind']}: says when rounds are merged; between checkpoints it is merge=linear")
+    raw["merge"] = {key: value for key, value in rule.items() if key not in IN_TRAINING}
+    made: Between = _merge(OmegaConf.structured(Between), raw, "")
+    if isinstance(made.tuned, str):
+        made.tuned = [made.tuned]
+    if not isinstance(made.tuned, list) or not made.tuned or not all(isinstance(t, str) for t in made.tuned):
+        raise ConfigError(f"tuned: expected a folder, a hub name, or a list of them as [A,B]; got {made.tuned!r}")
+    if made.shard_size is not None:
+        bytes_of(made.shard_size, "shard_size")
+    _check_between(made.merge, len(made.tuned))
+    return made
+
+
+def _check_typed(keys: set[str]) -> None:
+    """Refuses keys that say nothing between checkpoints, so that none is ignored."""
+    for key in sorted(keys):
+        name = key.removeprefix("merge.")
+        if name in IN_TRAINING:
+            raise ConfigError(f"{key}: is of training; between checkpoints the anchor is base=..., merged with once")
+        if key in ("merge.over", "merge.mask"):
+            raise ConfigError(f"{key}: is of rounds; between checkpoints updates are tuned - base, masks of merge.seed")
+        if key.startswith("merge.policy.") and key.split(".")[2] not in ("layers", "modules"):
+            raise ConfigError(f"{key}: is of training; between checkpoints merge.policy.layers and .modules may be set")
+
+
+def _check_between(merge: Merge, models: int) -> None:
+    _check_merge(merge)
+    check_factors(merge.policy)
+    for name, neutral in NEUTRAL.items():
+        if (value := getattr(merge.policy, name)) != neutral:
+            raise ConfigError(
+                f"merge.policy.{name}: {value!r} is of training; between checkpoints the ratio may differ by layer and "
+                "module alone (merge/policy=layers or modules)"
+            )
+    if merge.weights is not None and len(merge.weights) != models:
+        raise ConfigError(f"merge.weights: {len(merge.weights)} weights, and tuned has {models}")
+    if merge.combine == "stock" and models < 2:
+        raise ConfigError(f"merge={merge.kind}: takes its ratio from the angle between tuned models; give tuned=[A,B]")
+    if merge.combine == "slerp" and models > 1:
+        raise ConfigError(f"merge={merge.kind}: is between base and one tuned model, got {models}")
+
+
+def bytes_of(size: Any, key: str) -> int:
+    """A number of bytes from 5GB, 500MB, 2GiB or a number. Raises ConfigError naming `key`."""
+    units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", str(size))
+    if not found or found[2].upper() not in units or isinstance(size, bool) or not float(found[1]):
+        raise ConfigError(f"{key}: expected a size as 5GB or 500MB, got {size!r}")
+    return round(float(found[1]) * units[found[2].upper()])
+
+
 def _plain(composed: DictConfig) -> dict[str, Any]:
     try:
         plain = OmegaConf.to_container(composed, resolve=True)
@@ -460,7 +557,7 @@ def _check_analysis(analysis: Analysis | AnalyzeAnalysis) -> None:
         raise ConfigError(f"analysis.effective_rank: must be true, false or auto, got {asked_ranks!r}")
 
 
-def to_dict(root: Root | Analyze) -> dict[str, Any]:
+def to_dict(root: Root | Analyze | Between) -> dict[str, Any]:
     """The resolved config as plain containers."""
     return dataclasses.asdict(root)
 
@@ -539,6 +636,11 @@ def _cross_checks(root: Root) -> None:
         if root.merge.combine == "stock" and root.merge.over != "rounds":
             raise ConfigError("merge.combine=stock: one tuned model has no angle; use merge.over=rounds")
         _check_policy(root, root.merge)
+    targets = root.model.lora.targets
+    if targets != "all-linear" and not (
+        isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
+    ):
+        raise ConfigError(f"model.lora.targets: must be all-linear or a list of module names, got {targets!r}")
     _check_analysis(root.analysis)
     gpus = root.sweep.gpus
     if gpus not in (None, "all") and not (

@@ -87,28 +87,6 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def resolve(path: str, revision: str | None = None, key: str = "model.path") -> Path:
-    """A local folder: `path` itself where it is one, else the Hugging Face hub's snapshot of that repository. `key` is
-    what the user called it."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local.resolve()
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise PolicyError(f"{key}: {path} is neither a folder nor a Hugging Face repository (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise PolicyError(
-            f"{key}: could not get {path} from the Hugging Face hub ({type(error).__name__}). Check the name and "
-            "the network, or give the path of a local folder"
-        ) from error
-
-
 def _eos_ids(folder: Path, tokenizer: Any, model: Any) -> list[int]:
     ids = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     configured = model.generation_config.eos_token_id

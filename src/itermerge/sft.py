@@ -35,6 +35,16 @@ class SftError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class LoraSpec:
+    """Adapters of peft: rank, scale alpha / rank, dropout, and the modules that get one."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: str | Sequence[str]
+
+
+@dataclass(frozen=True)
 class FitSpec:
     """One fit. `lr` is the peak of a schedule that warms up over `warmup_ratio` of the steps."""
 
@@ -52,6 +62,7 @@ class FitSpec:
     accumulate_grad_batches: int
     gradient_clip_val: float
     deterministic: bool
+    lora: LoraSpec | None = None  # train adapters, folded into the weights at the end
 
 
 @dataclass(frozen=True)
@@ -199,6 +210,30 @@ class _Progress(pl.Callback):
         self.on_progress(1)
 
 
+def _adapt(model: Any, spec: LoraSpec, seed: int) -> Callable[[], None]:
+    """Puts adapters into `model`, which alone are trained; what folds them into its weights again. Raises SftError for
+    modules that it does not have."""
+    from peft import LoraConfig, LoraModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        targets = spec.targets if isinstance(spec.targets, str) else list(spec.targets)
+        alpha: Any = spec.alpha  # peft says int, and multiplies
+        config = LoraConfig(r=spec.rank, lora_alpha=alpha, lora_dropout=spec.dropout, target_modules=targets)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        try:
+            tuner: Any = LoraModel(model, config, "default")
+        except ValueError as error:
+            raise SftError(f"model.lora.targets: {error}") from error
+
+    def fold() -> None:
+        tuner.merge_and_unload()
+        for name, p in model.named_parameters():
+            p.requires_grad_(name in trained)
+
+    return fold
+
+
 def fit(
     policy: Policy,
     examples: Sequence[Example],
@@ -232,6 +267,7 @@ def fit(
         generator=torch.Generator().manual_seed(derive_seed(seed, "order")),
         collate_fn=lambda rows: collate(rows, policy.pad_id),
     )
+    fold = _adapt(policy.model, spec.lora, derive_seed(seed, "adapter")) if spec.lora else lambda: None
     module = LanguageModel(policy.model, spec, steps)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -265,6 +301,7 @@ def fit(
         finally:
             signal.signal(signal.SIGINT, handler)
             torch.use_deterministic_algorithms(False)
+            fold()
             policy.model.eval()
             policy.model.to(device)  # Lightning leaves the model on the CPU
     return [sum(e) / len(e) for at in range(spec.epochs) if (e := module.losses[at * batches : (at + 1) * batches])]

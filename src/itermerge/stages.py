@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,14 +32,14 @@ from .analysis.importance import importance
 from .analysis.mismatch import interval_of_means, mismatch
 from .config import ConfigError, MergeEvents, MergeNone, ModelLab, Root, TaskLab, TaskWords, is_vanilla, label
 from .evaluation import Exam
-from .policy import Policy, resolve
+from .policy import Policy
 from .rules import method_of, source_of
-from .sft import Example, FitSpec, SftError, fit
+from .sft import Example, FitSpec, LoraSpec, SftError, fit
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
 from .tracking import progress
 from .upkeep import keep_of
-from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, read_weights, write_folder
+from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, read_weights, resolve, write_folder
 
 T = TypeVar("T")
 Ratio = float | Mapping[str, float]
@@ -163,6 +164,8 @@ class Bench:
     def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
         self.cfg, self.store, self.scratch = cfg, store, scratch
         self.device = device_of(cfg.trainer.accelerator)
+        if cfg.model.lora.rank is not None and not find_spec("peft"):
+            raise ConfigError("model.lora.rank: adapters need the extra 'lora': pip install 'itermerge[lora]'")
         self.method = merging.LINEAR if isinstance(cfg.merge, MergeNone) else method_of(cfg.merge)
         self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
         if self.precision == "auto":
@@ -799,15 +802,9 @@ class Bench:
         that all of the round's events leave of its update; merge/search, the factor that the line search took."""
         at = self._events(now)
         sizes = {name: w.numel() for name, w in self.base_weights.items()}
-        total = sum(sizes.values())
         of = [self._ratios(now, epoch) for epoch in at[:-1]] + [_times(merged.ratio, 1, sizes)]
-        share = sum(
-            n * merging.effective_ratio([r[name] for r in of], self.cfg.sft.epochs, at) for name, n in sizes.items()
-        )  # fmt: skip
-        out = {
-            "merge/ratio": sum(n * of[-1][name] for name, n in sizes.items()) / total,
-            "merge/effective_ratio": share / total,
-        }
+        left = {n: merging.effective_ratio([r[n] for r in of], self.cfg.sft.epochs, at) for n in sizes}
+        out = {"merge/ratio": _mean(of[-1], sizes), "merge/effective_ratio": _mean(left, sizes)}
         return out | ({"merge/search": merged.search.facts["factor"]} if merged.search else {})
 
     def _fit_spec(self) -> FitSpec:
@@ -817,8 +814,13 @@ class Bench:
             warmup_ratio=sft.warmup_ratio, weight_decay=sft.weight_decay, betas=(sft.beta1, sft.beta2),
             max_length=sft.max_length, accelerator="gpu" if self.device == "cuda" else "cpu", devices=1,
             precision=self.precision, accumulate_grad_batches=trainer.accumulate_grad_batches,
-            gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic,
+            gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic, lora=self._lora(),
         )  # fmt: skip
+
+    def _lora(self) -> LoraSpec | None:
+        lora = self.cfg.model.lora
+        targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
+        return None if lora.rank is None else LoraSpec(lora.rank, lora.alpha, lora.dropout, targets)
 
 
 class Anchor:
@@ -870,6 +872,13 @@ def _compact(ratio: Ratio) -> Ratio:
     """One number where all tensors have the same ratio."""
     values = set(ratio.values()) if isinstance(ratio, Mapping) else {ratio}
     return values.pop() if len(values) == 1 else ratio
+
+
+def _mean(values: Mapping[str, float], sizes: Mapping[str, int]) -> float:
+    """The mean over weights; the value itself where all tensors have the same."""
+    if len(set(values.values())) == 1:
+        return next(iter(values.values()))
+    return sum(n * values[name] for name, n in sizes.items()) / sum(sizes.values())
 
 
 def _times(ratio: Ratio, factor: float, names: Iterable[str]) -> dict[str, float]:

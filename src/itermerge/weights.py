@@ -18,17 +18,10 @@ from torch import Tensor
 
 Weights = Mapping[str, Tensor]
 WEIGHTS_FILE = "model.safetensors"
-_NOT_COPIED = (
-    ".safetensors",
-    ".safetensors.index.json",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".md",
-    ".gitattributes",
-    "recipe.json",
-)
+WEIGHT_FILES = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
+)  # fmt: skip
+_NOT_COPIED = (*WEIGHT_FILES, ".md", ".gitattributes", "recipe.json", "mergekit.yaml")
 # Masks and frequencies that checkpoints of older models hold beside their weights.
 _BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 
@@ -46,6 +39,28 @@ class PolicyError(ValueError):
     """A model folder that cannot be used, with what is missing and the way out."""
 
 
+def resolve(path: str, revision: str | None = None, key: str = "model.path") -> Path:
+    """A local folder: `path` itself where it is one, else the Hugging Face hub's snapshot of that repository. `key` is
+    what the user called it."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local.resolve()
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise PolicyError(f"{key}: {path} is neither a folder nor a Hugging Face repository (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(path, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"])
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        raise PolicyError(
+            f"{key}: could not get {path} from the Hugging Face hub ({type(error).__name__}). Check the name and "
+            "the network, or give the path of a local folder"
+        ) from error
+
+
 def place_of(name: str) -> tuple[str, str]:
     """(row, kind) of a tensor: (`layer_03`, `q`), (`embed`, `embed`), (`head`, `head`), (`norm`, `norm`)."""
     if found := re.search(r"\.(\d+)\.", f".{name}."):
@@ -56,6 +71,11 @@ def place_of(name: str) -> tuple[str, str]:
     if re.search(r"emb|wte|wpe", name):
         return "embed", "embed"
     return "norm", "norm"
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return place_of(name)[0] in ("embed", "head") and not re.search(r"wpe|position", name)
 
 
 def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
@@ -97,6 +117,8 @@ class Checkpoint(Mapping[str, Tensor]):
                 "transformers' save_pretrained (safetensors is its default)"
             )
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors calls them: BF16
+        self._rows: dict[str, int] = {}  # of tensors of which only the first rows are meant
         self._open: dict[str, Any] = {}
         self.stored: dict[str, str] = {}  # by name, what the file calls it
         self.files: dict[str, Path] = {}
@@ -106,12 +128,14 @@ class Checkpoint(Mapping[str, Tensor]):
             except Exception as error:  # safetensors has an exception of its own, and a missing file another
                 raise PolicyError(f"{file} cannot be read ({error}); is the download or the copy whole?") from error
             for name in opened.keys():  # noqa: SIM118
-                self.shapes[name] = tuple(opened.get_slice(name).get_shape())
+                about = opened.get_slice(name)
+                self.shapes[name], self.dtypes[name] = tuple(about.get_shape()), about.get_dtype()
                 self._open[name], self.stored[name], self.files[name] = opened, name, file
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor, mapped: a view of the file, never to be written to."""
-        return self._open[name].get_tensor(self.stored[name])
+        whole = self._open[name].get_tensor(self.stored[name])
+        return whole[: self._rows[name]] if name in self._rows else whole
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self.shapes
@@ -131,48 +155,77 @@ class Checkpoint(Mapping[str, Tensor]):
         """The same under other names."""
         return self._with({rename(n): n for n in self.shapes})
 
+    def first_rows(self, rows: Mapping[str, int]) -> Checkpoint:
+        """The same with only so many rows of some tensors."""
+        other = self.renamed(lambda n: n)
+        other._rows |= rows
+        other.shapes |= {n: (count, *self.shapes[n][1:]) for n, count in rows.items()}
+        return other
+
     def _with(self, former: Mapping[str, str]) -> Checkpoint:
         other = copy.copy(self)
         other.shapes = {new: self.shapes[old] for new, old in former.items()}
+        other.dtypes = {new: self.dtypes[old] for new, old in former.items()}
+        other._rows = {new: self._rows[old] for new, old in former.items() if old in self._rows}
         other._open = {new: self._open[old] for new, old in former.items()}
         other.stored = {new: self.stored[old] for new, old in former.items()}
         other.files = {new: self.files[old] for new, old in former.items()}
         return other
 
 
-def comparable(base: Checkpoint, tuned: Checkpoint) -> tuple[Checkpoint, Checkpoint, list[str]]:
+def comparable(
+    base: Checkpoint, tuned: Checkpoint, name: str = "tuned", *, common_rows: bool = False
+) -> tuple[Checkpoint, Checkpoint, list[str]]:
     """Both with the tensors that they share, under the same names, and notes of what was left out: masks and
     frequencies that are no weights, and a head that is its model's embeddings. A prefix that one of them has
-    (`transformer.`) is dropped. Raises PolicyError, naming tensors, where they differ in anything else."""
-    notes, sides = [], {"base": base, "tuned": tuned}
+    (`transformer.`) is dropped. With `common_rows`, vocabularies of other sizes are cut to the rows that both have.
+    `name` is what the user calls `tuned`. Raises PolicyError, naming tensors, where they differ in anything else."""
+    notes, sides = [], {"base": base, name: tuned}
     for side in sides:
         sides[side], dropped = sides[side].without({n for n in sides[side] if _BUFFERS.search(n)})
         if dropped:
             notes.append(f"{len(dropped)} tensors of {side} are no weights, and left out: {dropped[0]}, ...")
-    for side, other in (("base", "tuned"), ("tuned", "base")):
+    for side, other in (("base", name), (name, "base")):
         mine, theirs = sides[side], sides[other]
         prefixes = {n.partition(".")[0] + "." for n in mine.keys() - theirs.keys()}
         for prefix in sorted(prefixes):
             if sum(n.removeprefix(prefix) in theirs for n in mine if n.startswith(prefix)) > len(theirs) / 2:
                 sides[side] = mine.renamed(lambda n, prefix=prefix: n.removeprefix(prefix))
     for side in sides:
-        heads = {n for n in sides[side] if place_of(n)[0] == "head" and _is_tied(sides[side], n)}
+        heads = {n for n in sides[side] if place_of(n)[0] == "head" and tied_to(sides[side], n)}
         sides[side], dropped = sides[side].without(heads)
         if dropped:
             notes.append(f"{dropped[0]} of {side} is left out: it is tied to the embeddings")
+    if common_rows:
+        notes += _cut(sides, name)
     try:
-        check_same_tensors(sides["base"], sides["tuned"], "base", "tuned")
+        check_same_tensors(sides["base"], sides[name], "base", name)
     except PolicyError as error:
         raise PolicyError(
             f"{error}. If both are one architecture, their files name tensors differently: load each with transformers "
             "and save it again"
         ) from error
-    return sides["base"], sides["tuned"], notes
+    return sides["base"], sides[name], notes
 
 
-def _is_tied(model: Checkpoint, head: str) -> bool:
+def _cut(sides: dict[str, Checkpoint], name: str) -> list[str]:
+    """Cuts embeddings and heads, in place, to the vocabulary that both sides have; notes of what that leaves out."""
+    notes, (base, tuned) = [], (sides["base"], sides[name])
+    for tensor in sorted(base.keys() & tuned.keys()):
+        a, b = base.shapes[tensor], tuned.shapes[tensor]
+        if a == b or not is_vocabulary(tensor) or a[1:] != b[1:]:
+            continue
+        rest = f"{name}'s other {b[0] - a[0]} are kept" if b > a else f"base's other {a[0] - b[0]} are left out"
+        notes.append(f"{tensor}: base has {a[0]} rows, {name} {b[0]}: the first {min(a[0], b[0])} are merged, {rest}")
+        for side in sides:
+            sides[side] = sides[side].first_rows({tensor: min(a[0], b[0])})
+    return notes
+
+
+def tied_to(model: Checkpoint, head: str) -> str | None:
+    """The embeddings that a head is equal to."""
     twins = [n for n in model if place_of(n)[0] == "embed" and model.shapes[n] == model.shapes[head]]
-    return any(torch.equal(model[head], model[twin]) for twin in twins)
+    return next((twin for twin in twins if torch.equal(model[head], model[twin])), None)
 
 
 def digest_weights(weights: Weights) -> str:

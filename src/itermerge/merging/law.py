@@ -125,22 +125,28 @@ class Merge:
         if m.scope != "model" or m.sparsify not in ("magnitude", "band"):
             return
 
+        names = [n for n in self.names if self.anchor[n].is_floating_point()]
+
         def scan(i: int) -> Callable[[], Iterator[Tensor]]:
             def magnitudes() -> Iterator[Tensor]:
-                for name in self.names:
+                for name in names:
                     for begin, end in self._grid(name):
                         yield self._update(i, name, begin, end)
                         on_piece(end - begin)
 
             return magnitudes
 
-        self._global = [_window(m, scan(i), sum(map(self._numel, self.names))) for i in range(len(self.tuned))]
+        self._global = [_window(m, scan(i), sum(map(self._numel, names))) for i in range(len(self.tuned))]
 
-    def passes(self) -> int:
-        """How often the updates are read before they are merged, in `prepare` and in `pieces`."""
-        if self.method.sparsify in ("magnitude", "band"):
-            return 2
-        return int(self.method.combine in ("slerp", "stock"))
+    def state(self) -> list[list[int]] | None:
+        """What `prepare` found, and how far equal magnitudes have been counted: for `restore`, after a whole tensor."""
+        if self._global is None:
+            return None
+        return [[w.upper, w.skip, w.lower, w.quota, *w.seen] for w in self._global]
+
+    def restore(self, state: Sequence[Sequence[int]]) -> None:
+        """Goes on from what another `Merge` of the same inputs had as its `state`, in place of `prepare`."""
+        self._global = [_Window(*w[:4], seen=list(w[4:])) for w in state]
 
     def pieces(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
         """(begin, end, merged weights in float32) of a tensor, flattened; on the tuned tensor's device. What is given
@@ -415,17 +421,25 @@ def _mask(keep: np.ndarray, like: Tensor, scale: float) -> Tensor:
 
 def _thin_by_rank(update: Tensor, row: int, m: Method, draws: np.ndarray) -> Tensor:
     """DELLA: keep probabilities linear in the rank of the magnitude in its row, smallest first."""
-    rows = update.view(-1, row)
-    size = np.ascontiguousarray(rows.abs().cpu().numpy()).view(np.uint32).astype(np.uint64)
-    packed = (size << np.uint64(32)) | (row - 1 - np.arange(row, dtype=np.uint64))  # of equal ones, the first is larger
-    packed.sort(axis=1)
-    order = row - 1 - (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
     line = np.linspace(m.density - m.epsilon, m.density + m.epsilon, row) if row > 1 else np.array([m.density])
     line = line.clip(0, 1)
-    p = np.empty(size.shape)
-    np.put_along_axis(p, order, np.broadcast_to(line, size.shape), axis=1)
-    keep = draws.reshape(-1, row) < p * 2.0**32
-    return update.mul_(torch.from_numpy((keep / p).astype(np.float32)).to(update.device).view(-1))
+    limits, factors = np.ceil(line * 2.0**32), (1 / line).astype(np.float32)
+    sizes = np.ascontiguousarray(update.abs().cpu().numpy()).view(np.uint32).reshape(-1, row)
+    scale = np.empty(sizes.size, np.float32)
+    last = np.arange(row - 1, -1, -1, dtype=np.uint64)
+    step = max(1, (1 << 15) // row)  # rows that fit into a core's cache
+    for at in range(0, len(sizes), step):
+        packed = sizes[at : at + step].astype(np.uint64)
+        packed <<= np.uint64(32)
+        packed |= last  # of equal magnitudes, the first is larger
+        packed.sort(axis=1)
+        packed &= np.uint64(0xFFFFFFFF)
+        places = np.subtract(np.uint64(row - 1), packed, out=packed)  # in a row, by rank
+        places += np.arange(at, at + len(packed), dtype=np.uint64)[:, None] * np.uint64(row)
+        flat = places.view(np.int64).reshape(-1)
+        kept = draws[flat].reshape(-1, row) < limits
+        scale[flat] = np.where(kept, factors, np.float32(0)).reshape(-1)
+    return update.mul_(torch.from_numpy(scale).to(update.device))
 
 
 @dataclass

@@ -197,11 +197,11 @@ def rule_of(config: Mapping[str, Any]) -> str:
 def is_vanilla(config: Mapping[str, Any]) -> bool:
     """Whether a flat config merges nothing: `config.is_vanilla` for configs of runs, older ones too."""
     one = {"merge.combine": ("mean", "slerp"), "merge.sparsify": ("none",), "merge.over": ("tuned",)}
-    factors = [config.get(f"merge.policy.{name}", []) for name in ("rounds", "epochs", "layers", "search")]
-    factors += [[m["factor"] for m in config.get("merge.policy.modules", [])]]
-    factors += [[1 + config.get("merge.policy.strength", 0.0)], [1 + config.get("merge.policy.angle", False)]]
+    policy = {name: config.get(f"merge.policy.{name}") for name in ("rounds", "epochs", "layers", "search", "modules")}
+    factors = [f for values in policy.values() if isinstance(values, list) for f in values]
+    factors = [f.get("factor") if isinstance(f, dict) else f for f in factors]
     exact = all(config.get(key, values[0]) in values for key, values in one.items())
-    neutral = all(factor == 1 for values in factors for factor in values)
+    neutral = all(f == 1 for f in factors) and not any(config.get(f"merge.policy.{k}") for k in ("strength", "angle"))
     return config.get("merge.kind") == "none" or (config.get("merge.ratio") == 1 and exact and neutral)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import charts
 from .charts import Figure, signed
-from .folders import STATES, Line, Run, flat, in_order, number, read_lines, round_of, rows_of, task_of
+from .folders import STATES, Line, Run, flat, in_order, is_vanilla, number, read_lines, round_of, rows_of, task_of
 from .page import Block, Charts, Note, Page, Pre, Samples, Section, Tile, embed, p_value, percent
 
 PANELS = {
@@ -388,18 +388,25 @@ def change(run: Run) -> Section:
     caption = (
         "relative change: ||θ_t − θ_0|| / ||θ_0|| of the merged model; a dash marks a round or row without figures"
     )
+    if not is_vanilla(flat(run.config)):
+        asked, left = (update_figures(run, key, "merge") for key in ("ratio", "share"))
+        if len({v for rows in asked.values() for v in rows.values()}) > 1:
+            panels.append(by_round("ratio of the last merge event", asked, rounds, 1, (0.0, 1.0), form=".2f"))
+        if any(left.values()):
+            panels.append(by_round("share of the update that it left", left, rounds, 1, (0.0, 1.0), form=".2f"))
+            caption += "; share: ⟨merged − anchor, tuned − anchor⟩ / ||tuned − anchor||²"
     return Section("layers", "Change by layer", [Charts(Figure("layers", panels, caption=caption)), *blocks])
 
 
-def update_figures(run: Run, key: str) -> dict[int, dict[str, float]]:
-    """{round: {row: figure}} of the rounds' own updates."""
+def update_figures(run: Run, key: str, of: str = "update") -> dict[int, dict[str, float]]:
+    """{round: {row: figure}} of the rounds' own updates, or of their last merge events."""
     out = {}
     for i, line in enumerate(run.rounds):
         t = round_of(line, i)
-        update = run.layers.get(t, {}).get("update")
+        update = run.layers.get(t, {}).get(of)
         rows = update if isinstance(update, dict) else {}
         of_file = {r: n for r, v in rows.items() if isinstance(v, dict) and (n := number(v, key)) is not None}
-        out[t] = rows_of(line, f"weights/{key}") or of_file
+        out[t] = rows_of(line, f"{'weights' if of == 'update' else of}/{key}") or of_file
     return out
 
 
