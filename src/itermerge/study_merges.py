@@ -264,7 +264,7 @@ class Merges:
             if m.vanilla or m.lr in rates:
                 said = f"vanilla, lr {m.lr:g}" if m.vanilla else f"ratio {m.ratio:g}"
                 at = m.lr if m.vanilla else m.ratio
-                curves.append(self._point(m, last, series, side) | {"at": at, "label": said})
+                curves.append(self._point(m, last, series, side) | {"at": at, "label": said, "shown": not m.vanilla})
         greens = dict(zip(lines.values(), (charts.GREEN, charts.SKY, charts.PURPLE, charts.ORANGE), strict=False))
         colours = {"merge rules": charts.BLUE, "policies of the linear ratio": charts.VERMILLION, **greens}
         colours |= {"vanilla, by learning rate": charts.GREY}

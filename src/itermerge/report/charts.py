@@ -416,9 +416,10 @@ def named(
 ) -> Panel:  # fmt: skip
     """Points with intervals in both directions; behind them curves, joined in their order, and dots. What has a `label`
     has it written beside it. Points: {x, y, series, name, label, low_x, high_x, low_y, high_y}; curves: {x, y, series,
-    name, label, at}; dots: {x, y, series, name}. The points, their intervals as far as there is room, and 0 are shown;
-    of the rest what is near them."""
-    limits = {d: _room(points, d, f"low_{d}", f"high_{d}", [0.0], most=0.4) for d in "xy"}
+    name, label, at, shown}; dots: {x, y, series, name}. In the picture are 0, the points, their intervals as far as
+    there is room, and those of a curve that are to be `shown`; of the rest what is near them."""
+    there = {d: [0.0, *(row[d] for row in curves if row["shown"])] for d in "xy"}
+    limits = {d: _room(points, d, f"low_{d}", f"high_{d}", there[d], most=0.4) for d in "xy"}
     seen = [*points, *(r for r in curves if _within(r, limits))]
     dust = [r for r in dust if _within(r, limits)]
     wide, tall = (alt.Scale(domain=limits[d], nice=False, zero=False) for d in "xy")
