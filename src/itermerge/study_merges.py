@@ -283,6 +283,9 @@ class Merges:
     def against(self) -> charts.Figure:
         """Differences in OOD to the best constant ratio and to vanilla, at equal ID, a row a rule."""
         panels = []
+        shown = [a.found[side] for a in self.compared if a.kind != NEAREST and a.control for side in self.sides]
+        ends = [0.0, *(100 * end for gap in shown for end in (gap.low, gap.high))]
+        limits = min(ends) - 0.3, max(ends) + 0.3
         for kind in (BEST, VANILLA):
             for side in self.sides:
                 rows = [
@@ -295,7 +298,7 @@ class Merges:
                 colours = {"OOD near": charts.NEAR, "OOD far": charts.FAR}
                 if rows:
                     title = f"{side}, minus {kind} at equal ID"
-                    panels.append(charts.dots(title, rows, colours, x="points", form=".1f", rule=0.0))
+                    panels.append(charts.dots(title, rows, colours, x="points", form=".1f", rule=0.0, limits=limits))
         caption = "Paired by item, seed and base; bars: 95%, not corrected for their number."
         return charts.Figure("against", panels, columns=len(self.sides), caption=caption)
 

@@ -529,15 +529,16 @@ def _nearest(box: Box, at: tuple[float, float]) -> tuple[float, float]:
 
 
 def dots(
-    title: str, rows: Rows, colours: Mapping[str, str], *, x: str, form: str = ".2f", rule: float | None = None
-) -> Panel:
+    title: str, rows: Rows, colours: Mapping[str, str], *, x: str, form: str = ".2f", rule: float | None = None,
+    limits: Sequence[float] = (),
+) -> Panel:  # fmt: skip
     """A value and its interval for each name, one below the other. Rows: {name, series, value, low, high}; `rule` is a
-    dotted line."""
+    dotted line; `limits` of the values, where they do not follow from the rows."""
     base = alt.Chart(_data(rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
     down = alt.Y("name:N", title=None, sort=names, axis=alt.Axis(grid=True))
-    limits = _room(rows, "value", "low", "high", [] if rule is None else [rule])
-    wide = alt.Scale(domain=limits, nice=False, zero=False)
+    limits = limits or _room(rows, "value", "low", "high", [] if rule is None else [rule])
+    wide = alt.Scale(domain=list(limits), nice=False, zero=False)
     across = alt.X("value:Q", title=x, scale=wide, axis=alt.Axis(tickCount=5))
     by = _colour(colours, legend=False)
     tips = [
