@@ -143,7 +143,7 @@ BAD = [
     (["merge=model_stock", "merge.sparsify=random", "merge.density=0.5", "merge.rescale=true", "merge.mask=fresh",
       "merge.seed=0"], r"^merge\.combine=stock: takes its angle from whole updates"),
     (["merge/policy=importance", "merge.ratio=0.8"], r"^merge\.policy: .* may be 0\.8 x 1\.5"),
-    (["merge.kind=[a]"], r"^merge\.kind: \['a'\] is none of none$"),
+    (["merge.kind=[a]"], r"^merge\.kind: \['a'\] is no name$"),
     (["experiment=pretrain_lab", "model.lora.rank=4"], r"^model\.lora\.rank: a model is pretrained with all"),
     (["merge=slerp", "merge.over=rounds"], r"^merge\.combine=slerp: goes with sparsify=none and over=tuned"),
     (["+merge.params.k=1"], r"^merge\.params: are those of merge\.function"),

@@ -565,12 +565,10 @@ def to_dict(root: Root | Analyze | Between) -> dict[str, Any]:
 def _kind(kinds: Mapping[str, type], node: Any, key: str) -> type:
     if not isinstance(node, dict):
         raise ConfigError(f"{key}: expected a group of keys with a kind, got {node!r}")
-    if "*" in kinds and isinstance(node.get("kind"), str):
-        return kinds.get(node["kind"], kinds["*"])
-    if node.get("kind") not in kinds:
-        known = ", ".join(kind for kind in kinds if kind != "*")
-        raise ConfigError(f"{key}.kind: {node.get('kind')!r} is none of {known}")
-    return kinds[node["kind"]]
+    kind, other = node.get("kind"), kinds.get("*")
+    if isinstance(kind, str) and (kind in kinds or other):
+        return kinds.get(kind) or kinds["*"]
+    raise ConfigError(f"{key}.kind: {kind!r} is {'no name' if other else 'none of ' + ', '.join(kinds)}")
 
 
 def _merge(schema: Any, raw: dict[str, Any], at: str) -> Any:
