@@ -277,7 +277,12 @@ def test_mistakes_end_with_one_line_and_a_mark(words: list[str], message: str, t
 def test_help_lists_groups_and_commands(tmp_path: Path) -> None:
     done = itermerge("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for text in ("== Configuration groups", "merge: breadcrumbs, consensus, dare", "itermerge experiment=quickstart", "every_n_epochs"):
+    for text in (
+        "== Configuration groups",
+        "merge: breadcrumbs, consensus, dare",
+        "itermerge experiment=quickstart",
+        "every_n_epochs",
+    ):
         assert text in done.stdout
     assert list(tmp_path.iterdir()) == []
 
