@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from itermerge import study, study_layers
+from itermerge import study, study_layers, study_merges
 
 RESULTS = Path(__file__).parent.parent / "results"
-STUDIES = sorted(f.parent.name for f in RESULTS.glob(f"*/{study.CHAINS}"))
+STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/matched.csv"))
 TABLES = ("tasks", "grid", "chosen", "matched", "robust")
+CONTROLS = {"lab_merges": "lab_study", "smollm2_merges": "smollm2"}  # where a study of merges takes its controls
+MERGES = sorted(f.parent.name for f in RESULTS.glob("*/merges.csv"))
 
 
 def test_there_are_studies() -> None:
     assert "lab_study" in STUDIES
+    assert "lab_merges" in MERGES
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -38,10 +43,41 @@ def _means(cell: str) -> str:
 
 
 def test_no_chain_names_a_folder_of_a_machine() -> None:
-    for name in STUDIES:
-        for method in study.read([RESULTS / name])[0]:
-            for chain in method.chains.values():
-                assert not re.search(r'"[/~]', chain.line())
+    for name in (*STUDIES, *MERGES):
+        for _, chain in study.find([RESULTS / name])[0]:
+            assert not re.search(r'"[/~]', chain.line())
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_tables_of_merges_are_those_of_the_chains_and_stand_in_the_readme(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Means to the digit; intervals, and the p of a bootstrap, are left out."""
+    monkeypatch.setattr(study, "RESAMPLES", 2)
+    chains, _ = study.find([RESULTS / name, RESULTS / CONTROLS[name]])
+    made = study_merges.tables(study_merges.Merges(study.Study(study.methods_of(chains))))
+    for table, rows in made.items():
+        with (RESULTS / name / f"{table}.csv").open() as file:
+            kept = list(csv.DictReader(file))
+        assert [_certain(row) for row in rows] == [_certain(row) for row in kept], table
+        if table == "summary":
+            readme = (RESULTS.parent / "README.md").read_text()
+            assert all("| " + " | ".join(row.values()) + " |" in readme for row in kept)
+
+
+def _certain(row: Mapping[str, Any]) -> dict[str, str]:
+    return {k: _means(str(v)) for k, v in row.items() if str(v) and not k.startswith("p ")}
+
+
+def test_wise_ft_is_vanilla_before_its_last_round() -> None:
+    """Chains of two studies answer each item alike where they should."""
+    methods, _ = study.read([RESULTS / name for name in ("lab_merges", "lab_study")])
+    (wise,) = [m for m in methods if m.rule.startswith("wise_ft")]
+    (vanilla,) = [m for m in methods if m.vanilla and m.lr == wise.lr]
+    for unit, chain in wise.chains.items():
+        for t in range(wise.last):
+            for task, correct in chain.correct[t].items():
+                assert (correct == vanilla.chains[unit].correct[t][task]).all(), (unit, t, task)
 
 
 @pytest.mark.parametrize("name", ["lab_layers", "smollm2_layers"])

@@ -17,7 +17,9 @@ seeds x bases. Written to --out, and printed:
     collapse.csv    pass@k, entropy and different solutions over rounds, vanilla against merging
     *.png           figures
 
-A *method* is what chains share apart from seed and base. A *unit* is one (base, seed); a chain is a method on a unit.
+A *method* is what chains share apart from seed and base: rule and policy of the merge, ratio, learning rate, and what
+else differs (keys that follow from rule and policy are not named). A *unit* is one (base, seed); a chain is a method on
+a unit. Vanilla is what merges nothing, whatever its keys: linear at ratio 1, not model stock at ratio 1.
 All tables are over the units that every method has. Choices (learning rate, round, match) look at validation items and
 at weights, never at test items; `robust` counts on test items, and is a description.
 
@@ -39,15 +41,17 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
 
+from .config import conf_dir
 from .evaluation import wilson
 from .report import charts, flat
+from .report.folders import is_vanilla, rule_of
 
 RESAMPLES = 2000
 WITHIN = 0.02  # "within 2 points of its best"
@@ -59,8 +63,10 @@ CHAINS = "chains.jsonl.gz"
 UNIT_KEYS = ("seed", "model.seed", "model.path")
 NO_MATTER = (
     "rounds", "optimized_metric", "threads", "suite.pass_k_n", "suite.pre_merge", "suite.n_validation", "merge.ratio",
-    "merge.kind",
+    "merge.kind", "merge.policy.kind",
 )  # fmt: skip
+LOOKS = "analysis."  # looks at a chain, does not change it
+OLDER = ("merge.kind", "merge.ratio", "merge.anchor", "merge.every_n_epochs", "merge.reset_optimizer")
 ITEM_KEYS = (  # chains that differ here have not answered the same items
     "suite.", "task.kind", "task.family", "task.dataset", "task.options", "task.label", "task.file", "task.holds",
     "task.n_validation",
@@ -96,6 +102,23 @@ class Chain:
     @property
     def lr(self) -> float:
         return float(self.config["sft.lr"])
+
+    @property
+    def vanilla(self) -> bool:
+        return is_vanilla(self.config)
+
+    @property
+    def rule(self) -> str:
+        """Rule and policy, as `ties_rounds` or `linear importance`; "" for linear with a constant ratio, for what
+        merges nothing, and at ratio 0, which is the base whatever the rule."""
+        rule = rule_of(self.config)
+        return "" if self.vanilla or not self.ratio or (rule == "linear" and self.ratio != 1) else rule
+
+    def merge(self, key: str) -> Any:
+        """The value of a key of the merge; what older runs do not have is that of merge=linear, and a seed of masks
+        that is the run's is None."""
+        value = self.config.get(key, neutral().get(key))
+        return None if key == "merge.seed" and value == self.config["seed"] else value
 
     def tasks(self, side: str) -> list[str]:
         """Labels of the near or far tasks."""
@@ -140,7 +163,18 @@ class Chain:
 def _figures(line: Mapping[str, float]) -> dict[str, float]:
     """The figures that the tables use, without intervals."""
     keep = ("id/acc", "val/id/acc", "ood/", "sample/pass@", "diversity/", "weights/drift", "gap/", "train_sample/")
-    return {k: round(v, 6) for k, v in line.items() if k.startswith(keep) and not k.endswith(("_low", "_high"))}
+    kept = [k for k in line if (k.startswith(keep) and not k.endswith(("_low", "_high"))) or k == "merge/ratio"]
+    return {k: round(line[k], 6) for k in kept}
+
+
+@cache
+def neutral() -> dict[str, Any]:
+    """The keys of merge=linear that older runs do not have, and their values, which change nothing."""
+    at = conf_dir() / "merge"
+    merge, policy = (OmegaConf.to_container(OmegaConf.load(at / f)) for f in ("linear.yaml", "policy/constant.yaml"))
+    assert isinstance(merge, dict)
+    whole = flat({"merge": {k: v for k, v in merge.items() if k != "defaults"} | {"policy": policy}})
+    return {k: v for k, v in whole.items() if k not in OLDER}
 
 
 def _counts(file: Path) -> list[list[float]]:
@@ -171,24 +205,32 @@ def _sampled(rows: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class Method:
-    """The chains of one setting, a unit each. `how` is what is particular of its merging, `other` of the rest."""
+    """The chains of one setting, a unit each. `rule` is "" for linear with a constant ratio; `how` is what else is
+    particular of its merging, `other` of the rest."""
 
     ratio: float
     lr: float
     how: str
     other: str
     chains: dict[Unit, Chain]
+    rule: str = ""
+
+    @property
+    def vanilla(self) -> bool:
+        return self.ratio == 1 and not self.rule
 
     @property
     def setting(self) -> str:
         """All but the learning rate."""
-        said = "vanilla" if self.ratio == 1 else f"ratio {self.ratio:g}"
-        return ", ".join(filter(None, (said, self.how, self.other)))
+        return ", ".join(filter(None, (*self._merge, self.how, self.other)))
 
     @property
     def name(self) -> str:
-        said = "vanilla" if self.ratio == 1 else f"ratio {self.ratio:g}"
-        return ", ".join(filter(None, (said, f"lr {self.lr:g}", self.how, self.other)))
+        return ", ".join(filter(None, (*self._merge, f"lr {self.lr:g}", self.how, self.other)))
+
+    @property
+    def _merge(self) -> tuple[str, ...]:
+        return ("vanilla",) if self.vanilla else (self.rule, f"ratio {self.ratio:g}")
 
     @cached_property
     def last(self) -> int:
@@ -203,13 +245,15 @@ Cell = tuple[Method, int]  # (method, round)
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over units, its 95% interval, and how many of the units are on its side of 0."""
+    """A mean over units, its 95% interval, how many of the units are on its side of 0, and the two-sided p of 0: twice
+    the share of resamples on the other side, at least 2 / (resamples + 1). It is as good as the interval, no better."""
 
     value: float
     low: float
     high: float
     agree: int
     units: int
+    p: float = 1.0
 
     def points(self) -> str:
         """In points of accuracy: mean [interval] units that agree / all."""
@@ -232,19 +276,26 @@ def interval(units: Mapping[Unit, Items], resamples: int | None = None) -> Inter
     names = sorted(units)
     tasks = list(units[names[0]])
     per_unit = [np.stack([units[u][t] for u in names]) for t in tasks]  # (units, items) a task
-    rng = np.random.default_rng(0)
-    weights = unit_weights(names, resamples, rng)
+    weights, drawn = _draws(tuple(names), tuple(values.shape[1] for values in per_unit), resamples)
     means = np.zeros(resamples)
-    for values in per_unit:
-        size = values.shape[1]
-        counts = rng.multinomial(size, np.full(size, 1 / size), resamples) / size
+    for values, counts in zip(per_unit, drawn, strict=True):
         means += np.einsum("ri,ri->r", weights @ values, counts) / len(tasks)
     by_unit = np.mean([v.mean(1) for v in per_unit], 0).round(12)
     value = round(float(by_unit.mean()), 12)
     low, high = np.percentile(means, [2.5, 97.5])
     agree = int(np.sum(by_unit * np.sign(value) > 0))
     low, high = round(float(low), 12), round(float(high), 12)
-    return Interval(value, min(value, low), max(value, high), agree, len(names))
+    beyond = min(int(np.sum(means.round(12) <= 0)), int(np.sum(means.round(12) >= 0)))
+    p = min(1.0, 2 * (1 + beyond) / (1 + resamples))
+    return Interval(value, min(value, low), max(value, high), agree, len(names), p)
+
+
+@lru_cache(maxsize=8)
+def _draws(names: tuple[Unit, ...], sizes: tuple[int, ...], resamples: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Weights of units, and of each task's items, (resamples, items): alike for all intervals over the same ones."""
+    rng = np.random.default_rng(0)
+    weights = unit_weights(names, resamples, rng)
+    return weights, [rng.multinomial(n, np.full(n, 1 / n), resamples) / n for n in sizes]
 
 
 def unit_weights(names: Sequence[Unit], resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -275,6 +326,9 @@ def difference(a: Mapping[Unit, Items], b: Mapping[Unit, Items], tasks: Sequence
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
+Found = tuple[str, Chain]  # where it was read, and the chain
+
+
 def read(folders: Sequence[Path]) -> tuple[list[Method], list[str]]:
     """The methods of all finished runs below `folders` and of the chains.jsonl.gz that an earlier study left there, and
     the run folders that are not finished.
@@ -282,7 +336,13 @@ def read(folders: Sequence[Path]) -> tuple[list[Method], list[str]]:
     Raises StudyError when a folder has no finished run, chains have not answered the same items, or two runs of one
     chain disagree. Of two runs of one chain the one with more rounds counts.
     """
-    chains: list[tuple[str, Chain]] = []
+    chains, unfinished = find(folders)
+    return methods_of(chains), unfinished
+
+
+def find(folders: Sequence[Path]) -> tuple[list[Found], list[str]]:
+    """All chains below `folders`, and the run folders that are not finished. Raises StudyError where one has none."""
+    chains: list[Found] = []
     unfinished = []
     for folder in folders:
         before = len(chains)
@@ -296,21 +356,30 @@ def read(folders: Sequence[Path]) -> tuple[list[Method], list[str]]:
                 unfinished.append(str(config.parent))
         if len(chains) == before:
             raise StudyError(f"no finished run, and no {CHAINS}, below {folder}")
+    return chains, unfinished
+
+
+def methods_of(chains: Sequence[Found]) -> list[Method]:
+    """Chains by method. Raises StudyError when they have not answered the same items, or two of one chain disagree."""
     configs = [c.config for _, c in chains]
-    varied = [k for k in sorted({k for c in configs for k in c}) if k not in (*UNIT_KEYS, *NO_MATTER, "sft.lr")]
-    how_keys = [k for k in varied if k.startswith("merge.")]
-    merged = [c for _, c in chains if 0 < c.ratio < 1]
-    how_keys = [k for k in how_keys if len({str(c.config.get(k)) for c in merged}) > 1]
-    varied = [k for k in varied if not k.startswith("merge.") and len({str(c.get(k)) for c in configs}) > 1]
+    ours = [k for k in sorted({k for c in configs for k in c}) if k not in (*UNIT_KEYS, *NO_MATTER, "sft.lr")]
+    varied = [k for k in ours if not k.startswith(("merge.", LOOKS))]
+    varied = [k for k in varied if len({str(c.get(k)) for c in configs}) > 1]
     if apart := [k for k in varied if k.startswith(ITEM_KEYS)]:
         raise StudyError(f"runs that differ in {', '.join(apart)} have not answered the same items; study them apart")
-    methods: dict[tuple[float, float, str, str], Method] = {}
+    how_keys: dict[str, list[str]] = {}  # by rule: what follows from rule and policy does not vary there
+    for rule in {c.rule for _, c in chains}:
+        own = [c for _, c in chains if c.rule == rule and c.ratio and not c.vanilla]
+        keys = [k for k in ours if k.startswith("merge.")]
+        how_keys[rule] = [k for k in keys if len({str(c.merge(k)) for c in own}) > 1]
+    methods: dict[tuple[float, float, str, str, str], Method] = {}
     where: dict[int, str] = {}
     for at, chain in chains:
-        how = ", ".join(f"{k}={chain.config.get(k)}" for k in how_keys) if 0 < chain.ratio < 1 else ""
+        merged = chain.ratio > 0 and not chain.vanilla
+        how = ", ".join(f"{k}={chain.merge(k)}" for k in how_keys[chain.rule]) if merged else ""
         other = ", ".join(f"{k}={chain.config.get(k)}" for k in varied)
-        key = (chain.ratio, chain.lr, how, other)
-        method = methods.setdefault(key, Method(*key, {}))
+        key = (chain.ratio, chain.lr, how, other, chain.rule)
+        method = methods.setdefault(key, Method(*key[:4], {}, chain.rule))
         had = method.chains.get(chain.unit)
         if had is not None and any(a != b for a, b in zip(had.rounds, chain.rounds, strict=False)):
             raise StudyError(
@@ -320,7 +389,7 @@ def read(folders: Sequence[Path]) -> tuple[list[Method], list[str]]:
         where[id(chain)] = at
         if had is None or len(had.rounds) < len(chain.rounds):
             method.chains[chain.unit] = chain
-    return sorted(methods.values(), key=lambda m: (m.ratio, m.lr, m.how, m.other)), unfinished
+    return sorted(methods.values(), key=lambda m: (m.vanilla, m.rule, m.ratio, m.lr, m.how, m.other))
 
 
 def _without_folders(node: Any) -> Any:
@@ -338,7 +407,7 @@ class Study:
 
     def __init__(self, methods: Sequence[Method], rounds: int | None = None) -> None:
         live = [m for m in methods if m.ratio]
-        if not any(m.ratio == 1 for m in live):
+        if not any(m.vanilla for m in live):
             raise StudyError("no vanilla chains (merge.ratio=1 or merge=none) to compare with")
         if rounds is not None and rounds < 1:
             raise StudyError(f"--rounds: {rounds} is not a round; the first is 1")
@@ -348,7 +417,7 @@ class Study:
             raise StudyError("the methods have no (base, seed) in common; finish the sweep, or study fewer folders")
         self.left_out = [u for u in every if u not in self.units]
         self.methods = [replace(m, chains={u: m.chains[u] for u in self.units}) for m in live]
-        self.vanilla = [m for m in self.methods if m.ratio == 1]
+        self.vanilla = [m for m in self.methods if m.vanilla]
         self.zero = [m for m in methods if not m.ratio]
         self.rounds = rounds or min(m.last for m in self.methods)
         if short := [m.name for m in self.methods if m.last < self.rounds]:
@@ -424,7 +493,7 @@ class Study:
         """Each setting at the learning rate that vanilla's validation accuracy chooses (among those that all settings
         have), then at its own choice of learning rate and round; differences to vanilla chosen the same way."""
         settings: dict[str, list[Method]] = {}
-        for m in sorted(self.methods, key=lambda m: -m.ratio):
+        for m in sorted(self.methods, key=lambda m: (not m.vanilla, m.rule, -m.ratio)):
             settings.setdefault(m.setting, []).append(m)
         shared = set.intersection(*({m.lr for m in own} for own in settings.values()))
         same = "vanilla's learning rate" if len(shared) > 1 else "the one learning rate that all have"
@@ -463,9 +532,9 @@ class Study:
         within 15%. A method without such a cell has no control, and is not in the mean over all of them.
         """
         rows = []
-        for how, find in (("ID (validation)", self._equal_id), ("drift", self._equal_drift)):
+        for how, find in (("ID (validation)", self.equal_id), ("drift", self._equal_drift)):
             pairs: list[tuple[Cell, Cell]] = []
-            merged = [m for m in self.methods if m.ratio < 1]
+            merged = [m for m in self.methods if not m.vanilla]
             for m in merged:
                 cells = [
                     (v, t) for v in self.vanilla if v.other == m.other for t in range(1, self.rounds + 1)
@@ -483,7 +552,8 @@ class Study:
                 rows.append({"equal": how, "method": f"mean of these {of}", **mean})
         return rows
 
-    def _equal_id(self, at: Cell, cells: Sequence[Cell]) -> Cell | None:
+    def equal_id(self, at: Cell, cells: Sequence[Cell]) -> Cell | None:
+        """Of the cells whose mean ID validation accuracy is at most a point away the one with the smallest drift."""
         target = at[0].mean("val/id/acc", at[1])
         near = [c for c in cells if abs(c[0].mean("val/id/acc", c[1]) - target) <= EQUAL_ID + 1e-9]
         return min(near, key=lambda c: c[0].mean("weights/drift", c[1]), default=None)
@@ -532,7 +602,7 @@ class Study:
         """The methods with the longest chains, at learning rates that merged ones among them have."""
         most = max(m.last for m in self.methods)
         long = [m for m in self.methods if m.last == most]
-        rates = {m.lr for m in long if m.ratio < 1} or {m.lr for m in long}
+        rates = {m.lr for m in long if not m.vanilla} or {m.lr for m in long}
         return [m for m in long if m.lr in rates]
 
     def collapse(self) -> list[dict[str, Any]]:
@@ -540,7 +610,7 @@ class Study:
         rate, paired by problem and unit. Empty without held-out samples."""
         rows = []
         methods = self.longest() if self.has_samples else []
-        twins = {(m.lr, m.other): m for m in methods if m.ratio == 1}
+        twins = {(m.lr, m.other): m for m in methods if m.vanilla}
         for m in methods:
             control = twins.get((m.lr, m.other), m)
             for number in (*range(0, m.last, 2), m.last) if m.last > 4 else range(m.last + 1):
@@ -559,10 +629,12 @@ class Study:
     def rows(self) -> list[dict[str, Any]]:
         """sweep.csv: the figures of every chain and round."""
         out = []
+        rules = any(m.rule for m in self.methods)
         for m in (*self.zero, *self.methods):
             for (base, seed), chain in sorted(m.chains.items()):
                 for number, line in enumerate(chain.rounds):
-                    head = {"ratio": m.ratio, "lr": m.lr, "how": m.how, "other": m.other, "base": base, "seed": seed}
+                    head: dict[str, Any] = {"rule": m.rule} if rules else {}
+                    head |= {"ratio": m.ratio, "lr": m.lr, "how": m.how, "other": m.other, "base": base, "seed": seed}
                     figures = {k: round(v, 4) for k, v in line.items() if not k.endswith("majority")}
                     out.append({**head, "round": number, **figures})
         return out
@@ -591,9 +663,9 @@ def draw(study: Study, path: Path) -> None:
     sides = [g for g in ("OOD near", "OOD far") if g in study.groups]
     base = {g: 100 * study.value(study.vanilla[0], 0, g).value for g in study.groups}
     settings: dict[str, list[Method]] = {}
-    for m in sorted(study.methods, key=lambda m: (-m.ratio, m.lr)):
+    for m in sorted(study.methods, key=lambda m: (not m.vanilla, m.rule, -m.ratio, m.lr)):
         settings.setdefault(m.setting, []).append(m)
-    colours = charts.categories([label for label, own in settings.items() if own[0].ratio != 1])
+    colours = charts.categories([label for label, own in settings.items() if not own[0].vanilla])
     colours = {label: colours.get(label, charts.GREY) for label in settings}
     panels = []
     for what in ("ID", "drift"):
@@ -629,7 +701,7 @@ def draw_collapse(study: Study, path: Path) -> None:
     methods = study.longest()
     longest = methods[0].last
     first = next(iter(methods[0].chains.values())).sampled[0]
-    names = {m.name: charts.GREY for m in methods} | charts.categories([m.name for m in methods if m.ratio != 1])
+    names = {m.name: charts.GREY for m in methods} | charts.categories([m.name for m in methods if not m.vanilla])
     panels = []
     for name in first:
         rows = []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -91,7 +93,9 @@ def write_png(figure: Figure, path: Path) -> Path:
     }  # fmt: skip
     if figure.caption:
         small = {"fontSize": 11, "fontWeight": "normal", "color": _SOFT["light"]}
-        drawn["title"] = {"text": figure.caption, "orient": "bottom", "anchor": "start", "offset": 14, **small}
+        drawn["title"] = {
+            "text": figure.caption.split("\n"), "orient": "bottom", "anchor": "start", "offset": 14, **small
+        }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(vl_convert.vegalite_to_png(drawn, vl_version=_version(), scale=2))
     return path
@@ -319,14 +323,16 @@ def steps(
     ).properties(title=title, width=width, height=210)
 
 
-def _room(rows: Rows, value: str, low: str, high: str, others: Sequence[float] = ()) -> list[float]:
-    """Limits that show all values, and of their intervals as much as leaves the values apart."""
+def _room(rows: Rows, value: str, low: str, high: str, others: Sequence[float] = (), *, most: float = 1) -> list[float]:
+    """Limits that show all values, and of their intervals as much as leaves the values apart: on either side at most
+    `most` of the values' range."""
     values = [*(row[value] for row in rows), *others]
-    least, most = min(values), max(values)
-    room = max(most - least, 0.02 * max(abs(least), abs(most)), 1e-9)
+    least, largest = min(values), max(values)
+    room = max(largest - least, 0.02 * max(abs(least), abs(largest)), 1e-9)
     ends = [row[name] for row in rows for name in (low, high) if row.get(name) is not None]
     return [
-        max(least - room, min([*ends, least - 0.12 * room])), min(most + room, max([*ends, most + 0.12 * room]))
+        max(least - most * room, min([*ends, least - 0.12 * room])),
+        min(largest + most * room, max([*ends, largest + 0.12 * room])),
     ]  # fmt: skip
 
 
@@ -399,6 +405,127 @@ def frontier(
     layers.append(base.mark_line(strokeWidth=1.6).encode(across, up, by, alt.Order("at:Q")))
     layers.append(base.mark_point(filled=True, size=55, opacity=1).encode(across, up, by, tooltip=tips))
     return alt.layer(*layers).properties(width=330, height=240)
+
+
+Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+def named(
+    points: Rows, curves: Rows, dust: Rows, colours: Mapping[str, str], *, x: str, y: str, width: int = 660,
+    height: int = 440,
+) -> Panel:  # fmt: skip
+    """Points with intervals in both directions; behind them curves, joined in their order, and dots. What has a `label`
+    has it written beside it. Points: {x, y, series, name, label, low_x, high_x, low_y, high_y}; curves: {x, y, series,
+    name, label, at, shown}; dots: {x, y, series, name}. In the picture are 0, the points, their intervals as far as
+    there is room, and those of a curve that are to be `shown`; of the rest what is near them."""
+    there = {d: [0.0, *(row[d] for row in curves if row["shown"])] for d in "xy"}
+    limits = {d: _room(points, d, f"low_{d}", f"high_{d}", there[d], most=0.4) for d in "xy"}
+    seen = [*points, *(r for r in curves if _within(r, limits))]
+    dust = [r for r in dust if _within(r, limits)]
+    wide, tall = (alt.Scale(domain=limits[d], nice=False, zero=False) for d in "xy")
+    across = alt.X("x:Q", title=x, scale=wide, axis=alt.Axis(tickCount=7))
+    up = alt.Y("y:Q", title=y, scale=tall, axis=alt.Axis(tickCount=7))
+    by = _colour(colours, legend=True)
+    tips = [alt.Tooltip("name:N", title=" "), alt.Tooltip("x:Q", format=".1f"), alt.Tooltip("y:Q", format=".1f")]
+    cloud, behind, dots = alt.Chart(_data(points)), alt.Chart(_data(curves)), alt.Chart(_data(dust))
+    zero = alt.Chart(_data([{"x": 0, "y": 0}]))
+    layers = [
+        zero.mark_rule(strokeDash=[2, 3], strokeWidth=1.2, color=GREY).encode(alt.X("x:Q", title=x, scale=wide)),
+        zero.mark_rule(strokeDash=[2, 3], strokeWidth=1.2, color=GREY).encode(alt.Y("y:Q", title=y, scale=tall)),
+        cloud.mark_rule(opacity=0.3, clip=True).encode(alt.X("low_x:Q", title=x, scale=wide), up, by, x2="high_x"),
+        cloud.mark_rule(opacity=0.3, clip=True).encode(across, alt.Y("low_y:Q", title=y, scale=tall), by, y2="high_y"),
+        dots.mark_point(filled=True, size=22, opacity=0.35).encode(across, up, by, tooltip=tips),
+        behind.mark_line(strokeWidth=1.8, clip=True).encode(across, up, by, alt.Order("at:Q")),
+        behind.mark_point(filled=True, size=36, opacity=1, clip=True).encode(across, up, by, tooltip=tips),
+        cloud.mark_point(filled=True, size=90, opacity=1, stroke="white").encode(across, up, by, tooltip=tips),
+    ]
+
+    def pixels(row: Mapping[str, Any]) -> tuple[float, float]:
+        (left, right), (low, high) = limits["x"], limits["y"]
+        return width * (row["x"] - left) / (right - left), height * (high - row["y"]) / (high - low)
+
+    def values(at: tuple[float, float]) -> tuple[float, float]:
+        (left, right), (low, high) = limits["x"], limits["y"]
+        return left + at[0] / width * (right - left), high - at[1] / height * (high - low)
+
+    said = [row for row in seen if row.get("label")]
+    marks = [(*pixels(row), *pixels(row)) for row in seen]
+    for row in points:
+        (left, top), (right, bottom) = (pixels({d: row[f"{end}_{d}"] for d in "xy"}) for end in ("low", "high"))
+        (px, py) = pixels(row)
+        marks += [(left, py, right, py), (px, min(top, bottom), px, max(top, bottom))]
+    lines = sorted(curves, key=lambda row: (row["series"], row["at"]))
+    for a, b in pairwise(lines):
+        if a["series"] == b["series"]:
+            (ax, ay), (bx, by_) = pixels(a), pixels(b)
+            on = [(ax + (bx - ax) * i / 40, ay + (by_ - ay) * i / 40) for i in range(41)]
+            marks += [(px - 1, py - 1, px + 1, py + 1) for px, py in on]
+    boxes = beside([pixels(row) for row in said], [row["label"] for row in said], width, height, marks)
+    leaders, texts = [], []
+    for row, box in zip(said, boxes, strict=True):
+        at = pixels(row)
+        near = _nearest(box, at)
+        if math.dist(at, near) > 14:
+            end = values(near)
+            leaders.append({"x": row["x"], "y": row["y"], "x2": end[0], "y2": end[1]})
+        middle = values(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+        texts.append({"x": middle[0], "y": middle[1], "name": row["label"], "series": row["series"]})
+    led = alt.Chart(_data(leaders)).mark_rule(strokeWidth=0.8, color=GREY)
+    layers.insert(2, led.encode(across, up, x2="x2", y2="y2"))
+    written = alt.Chart(_data(texts))
+    halo = written.mark_text(fontSize=11, stroke="white", strokeWidth=3, color="white", opacity=0.8)
+    layers += [
+        halo.encode(across, up, text="name:N"),
+        written.mark_text(fontSize=11).encode(across, up, by, text="name:N"),
+    ]
+    return alt.layer(*layers).properties(width=width, height=height)
+
+
+def beside(
+    points: Sequence[tuple[float, float]], names: Sequence[str], width: float, height: float,
+    marks: Sequence[Box] = (),
+) -> list[Box]:  # fmt: skip
+    """Where each point's name stands, within width x height: beside it, away from the other names and from all marks,
+    as near as that allows. In pixels, y downwards."""
+    boxes: list[Box | None] = [None] * len(points)
+
+    def cost(i: int, box: Box, far: float) -> float:
+        others = [b for j, b in enumerate(boxes) if b is not None and j != i]
+        out = box[0] < 2 or box[1] < 2 or box[2] > width - 2 or box[3] > height - 2
+        over = sum(_overlap(box, b, 2) for b in others)
+        points_hit = sum(_overlap(box, m, 7) for m in marks if m[:2] == m[2:])
+        bars_hit = sum(_overlap(box, m, 0) for m in marks if m[:2] != m[2:])
+        closer = sum(math.dist(p, _nearest(box, p)) < far - 1 for j, p in enumerate(points) if j != i)
+        return 1e6 * out + 1e4 * over + 300 * points_hit + 8 * bars_hit + 8 * closer + far
+
+    def candidates(i: int) -> list[tuple[float, Box]]:
+        (px, py), wide, tall = points[i], 5.8 * len(names[i]) + 2, 12.0
+        found = []
+        for far in (9.0, 16.0, 26.0, 38.0, 52.0, 68.0, 86.0, 110.0, 140.0):
+            for step in range(24):
+                angle = 2 * math.pi * step / 24
+                cx = px + math.cos(angle) * (far + wide / 2)
+                cy = py + math.sin(angle) * (far + tall / 2)
+                box = (cx - wide / 2, cy - tall / 2, cx + wide / 2, cy + tall / 2)
+                found.append((math.dist((px, py), _nearest(box, (px, py))), box))
+        return found
+
+    for _ in range(4):
+        for i in sorted(range(len(points)), key=lambda i: points[i]):
+            boxes[i] = min(candidates(i), key=lambda c, i=i: cost(i, c[1], c[0]))[1]
+    return [b for b in boxes if b is not None]
+
+
+def _within(row: Mapping[str, Any], limits: Mapping[str, Sequence[float]]) -> bool:
+    return all(limits[d][0] <= row[d] <= limits[d][1] for d in "xy")
+
+
+def _overlap(a: Box, b: Box, gap: float) -> bool:
+    return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
+
+
+def _nearest(box: Box, at: tuple[float, float]) -> tuple[float, float]:
+    return min(max(at[0], box[0]), box[2]), min(max(at[1], box[1]), box[3])
 
 
 def dots(
