@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from itermerge.merging import LINEAR, Merge, MergeCallback, MergeError, Method
 from itermerge.policy import Policy
-from itermerge.sft import Example, Examples, FitSpec, LanguageModel, collate, fit
+from itermerge.sft import Example, Examples, FitSpec, LanguageModel, LoraSpec, SftError, collate, fit
 from itermerge.weights import write_folder
 
 SPEC = FitSpec(
@@ -103,15 +104,6 @@ def test_events_have_ratios_of_their_own_and_tensors_too(tiny: Policy, tmp_path:
         assert torch.equal(after.weights[2][name], kept)
 
 
-def test_a_rule_over_rounds_sees_the_rounds_before(tiny: Policy, tmp_path: Path) -> None:
-    start = {n: w.clone() for n, w in tiny.weights().items()}
-    past = [({n: w + 0.5 for n, w in start.items()}, start)]
-    anchor, before, after, _ = _fit(tiny, tmp_path, [3], 0.5, True, past=past, start=start)
-    for name in anchor:  # anchor + .5 mean(.5, theta - start)
-        expected = anchor[name] + 0.25 * (0.5 + before.weights[2][name] - start[name])
-        torch.testing.assert_close(after.weights[2][name], expected, rtol=1e-5, atol=1e-6)
-
-
 def test_an_anchor_from_a_folder_is_the_same_and_is_not_loaded(tiny: Policy, tmp_path: Path) -> None:
     anchor = {name: torch.full_like(w, 0.01) for name, w in tiny.weights().items()}
     write_folder(tmp_path / "anchor", anchor, tiny.folder)
@@ -126,6 +118,15 @@ def test_without_an_anchor_it_is_the_start_of_the_fit(tiny: Policy, tmp_path: Pa
     merger = MergeCallback(ratio=0.0, at=[3])
     fit(tiny, EXAMPLES, SPEC, seed=0, callbacks=[merger], scratch=tmp_path)
     assert all(torch.equal(w, start[n]) for n, w in tiny.weights().items())
+
+
+def test_each_fit_without_an_anchor_has_its_own_start(tiny: Policy, tmp_path: Path) -> None:
+    merger = MergeCallback(ratio=0.0, at=[3])
+    for shift in (0.0, 0.5):
+        tiny.set_weights({n: w + shift for n, w in tiny.weights().items()})
+        start = {n: w.clone() for n, w in tiny.weights().items()}
+        fit(tiny, EXAMPLES, SPEC, seed=0, callbacks=[merger], scratch=tmp_path)
+        assert all(torch.equal(w, start[n]) for n, w in tiny.weights().items())
 
 
 def test_frozen_and_tied_tensors_and_buffers(tiny: Policy, tmp_path: Path) -> None:
@@ -143,8 +144,6 @@ def test_frozen_and_tied_tensors_and_buffers(tiny: Policy, tmp_path: Path) -> No
 
 
 def test_mixed_precision_merges_float32_weights(tiny: Policy, tmp_path: Path) -> None:
-    import dataclasses
-
     anchor, spy = {n: torch.full_like(w, 0.01) for n, w in tiny.weights().items()}, _Spy()
     spec = dataclasses.replace(SPEC, precision="bf16-mixed")
     fit(tiny, EXAMPLES, spec, seed=0, callbacks=[spy, MergeCallback(anchor, 0.25, at=[3])], scratch=tmp_path)
@@ -279,10 +278,72 @@ def test_other_rules_are_folded_in_and_the_adapter_starts_anew(tiny: Policy, met
     torch.testing.assert_close(_logits(model), _logits(plain), rtol=1e-4, atol=1e-5)
 
 
-def test_events_in_a_fit_with_an_adapter(tiny: Policy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("method", [LINEAR, DARE], ids=["linear", "dare"])
+def test_events_in_a_fit_with_an_adapter(tiny: Policy, tmp_path: Path, method: Method, given: bool) -> None:
+    """The weights after the last event are the merge of those before it; without an anchor, with the start of the fit,
+    which is the weights below the adapter."""
     tiny.model, start = _adapted(tiny), {n: w.clone() for n, w in tiny.weights().items()}
-    fit(tiny, EXAMPLES, SPEC, seed=0, callbacks=[MergeCallback(start, 0.0)], scratch=tmp_path)
-    assert all(torch.equal(w, start[n]) for n, w in _folded(tiny.model).items())
+    seen: list[dict[str, Tensor]] = []
+
+    class Spy(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.append({n: w.clone() for n, w in _folded(pl_module.model).items()})
+
+    merger = MergeCallback(start if given else None, 0.3, method=method, at=[2, 3], seed=1)
+    fit(tiny, EXAMPLES, SPEC, seed=0, callbacks=[Spy(), merger], scratch=tmp_path)
+    expected, after = Merge(method, start, [seen[2]], 0.3, seed=4).all(), _folded(tiny.model)
+    for name in start:
+        torch.testing.assert_close(after[name], expected[name], rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(after[n], start[n]) for n in start)
+
+
+def test_a_fit_with_adapters_ends_with_plain_weights(tiny: Policy, tmp_path: Path) -> None:
+    """`FitSpec.lora`: only the adapters are trained, and they are folded in; nothing of them is left."""
+    start, names = {n: w.clone() for n, w in tiny.weights().items()}, list(tiny.model.state_dict())
+    spec = dataclasses.replace(SPEC, lora=LoraSpec(2, 4.0, 0.0, ("q_proj", "down_proj")))
+    spy = _Spy()
+    losses = fit(tiny, EXAMPLES, spec, seed=0, callbacks=[spy], scratch=tmp_path)
+    assert losses[-1] < losses[0]
+    assert list(tiny.model.state_dict()) == names
+    assert all(p.requires_grad for p in tiny.model.parameters())
+    for name, w in tiny.weights().items():
+        changed = not torch.equal(w, start[name])
+        assert changed == ("q_proj" in name or "down_proj" in name)
+        if changed:
+            last = {n: v for n, v in spy.weights[-1].items() if n.startswith(name.removesuffix("weight"))}
+            a, b = (next(v for n, v in last.items() if f"lora_{x}" in n) for x in "AB")
+            torch.testing.assert_close(w, start[name] + 2.0 * (b @ a), rtol=1e-5, atol=1e-6)
+            assert int(torch.linalg.matrix_rank(w - start[name], atol=1e-5)) <= 2
+    again = Policy(tiny.folder)
+    fit(again, EXAMPLES, spec, seed=0, scratch=tmp_path)
+    assert all(torch.equal(w, again.weights()[n]) for n, w in tiny.weights().items())
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [(("lm_head",), "lm_head is the embeddings"), (("nothing",), "not found in the base model"),
+     (("embed_tokens",), "embed_tokens is the embeddings")],
+)  # fmt: skip
+def test_targets_that_cannot_have_an_adapter_are_refused(
+    targets: tuple[str, ...], said: str, tiny: Policy, tmp_path: Path
+) -> None:
+    spec = dataclasses.replace(SPEC, lora=LoraSpec(2, 4.0, 0.0, targets))
+    with pytest.raises(SftError, match=f"model.lora.targets: .*{said}"):
+        fit(tiny, EXAMPLES, spec, seed=0, scratch=tmp_path)
+    fit(tiny, EXAMPLES, SPEC, seed=0, scratch=tmp_path)  # the model is as it was
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*")
+@pytest.mark.parametrize(
+    "more", [{"target_modules": ["embed_tokens"]}, {"target_modules": ["q_proj"], "use_dora": True}]
+)
+def test_adapters_that_are_no_product_are_refused(tiny: Policy, more: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft")
+    start = {n: w.clone() for n, w in tiny.weights().items()}
+    model = peft.get_peft_model(tiny.model, peft.LoraConfig(r=2, **more))
+    with pytest.raises(MergeError, match="has an adapter of embeddings or DoRA"):
+        MergeCallback(start).merge(model, 0.5)
 
 
 # --- two processes -------------------------------------------------------------------------------------------------

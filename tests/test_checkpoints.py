@@ -406,6 +406,30 @@ def test_what_was_begun_otherwise_starts_anew(change: str, place: Path, caplog: 
     assert all(torch.equal(got[n], torch.lerp(base[n], one[n], ratio)) for n in base)
 
 
+@pytest.mark.parametrize("lost", ["model", "model/model.safetensors", "cut"])
+def test_a_journal_without_its_files_is_no_progress(lost: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("base=base", "tuned=one", "merge=ties")
+    expected = merge(*words, "out=whole")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_write_others", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge(*words, "out=out")
+    partial = place / "out.partial"
+    assert len((partial / checkpoints.JOURNAL).read_text().splitlines()) == 1 + len(expected)
+    if lost == "cut":
+        os.truncate(partial / "model" / "model.safetensors", 100)
+    elif lost == "model":
+        shutil.rmtree(partial / lost)
+    else:
+        (partial / lost).unlink()
+    again = merge(*words, "out=out")
+    assert all(torch.equal(again[n], expected[n]) for n in expected)
+
+
 def test_a_full_disk(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("base=base", "tuned=one", "out=out")
     usage = shutil.disk_usage(place)

@@ -31,7 +31,7 @@ from itermerge.merging import (
     tensor_ratios,
 )  # fmt: skip
 from itermerge.policy import Policy
-from itermerge.weights import Checkpoint, PolicyError, read_weights, write_folder
+from itermerge.weights import Checkpoint, PolicyError, place_of, read_weights, write_folder
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 PAIRS = st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=40)
@@ -59,8 +59,8 @@ def one(
     method: Method, anchor: Sequence[float], *tuned: Sequence[float], ratio: float = 1.0, **more: Any
 ) -> list[float]:
     """The merge of a single tensor, as a list."""
-    of = [{"w": torch.tensor(t)} for t in tuned]
-    return Merge(method, {"w": torch.tensor(anchor)}, of, ratio, **more).tensor("w").tolist()
+    of = [{"w": torch.as_tensor(t)} for t in tuned]
+    return Merge(method, {"w": torch.as_tensor(anchor)}, of, ratio, **more).tensor("w").tolist()
 
 
 def _tensors(pairs: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
@@ -180,6 +180,33 @@ def test_tall_mask_and_consensus_by_hand() -> None:
     assert one(Method(combine="consensus", threshold=0.5, agree=2), [0.0] * 3, *u) == [0.0, 2.0, 0.0]
     assert one(Method(combine="consensus", threshold=0.5, agree=1), [0.0] * 3, *u) == [5.0, 2.0, -2.0]
     assert one(Method(combine="consensus", threshold=0.5, agree=2), [0.0], [3.0], ratio=0.5) == [1.5]  # of one: its own
+
+
+def test_a_model_that_did_not_move_has_no_vote() -> None:
+    u = [4.0, 1.0], [1.0, 1.0], [0.0, 0.0]
+    consensus = Method(combine="consensus", threshold=0.5, agree=3)
+    assert one(consensus, [0.0] * 2, *u) == [0.0, 2.0]  # the third cannot stand out, and two are all
+
+
+def test_equal_magnitudes_are_counted_in_tensors_at_ratio_0_too() -> None:
+    anchor, tuned = ({"a": torch.full((10,), x), "b": torch.full((10,), x)} for x in (0.0, 1.0))
+    method = dataclasses.replace(TIES, density=0.5, scope="model")
+    for ratio in (0.5, 0.0):
+        merged = Merge(method, anchor, [tuned], {"a": ratio, "b": 1.0}).all()
+        assert merged["a"].tolist() == [ratio] * 10
+        assert merged["b"].tolist() == [0.0] * 10
+
+
+def test_float32_whatever_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert one(
+            LINEAR, torch.tensor([0.0], dtype=torch.float32), torch.tensor([1.0], dtype=torch.float32), ratio=0.3
+        ) == [  # pyright: ignore
+            pytest.approx(0.3, abs=1e-7)
+        ]
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_updates_of_rounds_are_taken_from_their_own_starts() -> None:
@@ -441,7 +468,7 @@ def test_ratios_over_depth_modules_and_rows() -> None:
     assert (got["model.embed_tokens.weight"], got["model.norm.weight"], got["lm_head.weight"]) == (0.0, 0.5, 0.5)
     got = tensor_ratios(NAMES, 0.5, layers=[1.0, 0.0, 0.5, 0.5, 2.0])  # layer 1 is halfway: the third value
     assert [got[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)] == [0.5, 0.25, 1.0]
-    got = tensor_ratios(NAMES, 0.5, modules=[("q", 0.0), (r"layers\.1\.", 2.0), ("norm", 0.5)])
+    got = tensor_ratios(NAMES, 0.5, modules=[("q", 0.0), (r"layers\.1\.", 2.0), (r"norm\.", 0.5)])
     assert got["model.layers.1.self_attn.q_proj.weight"] == 0.0  # the first that fits counts
     assert got["model.layers.1.mlp.up_proj.weight"] == 1.0
     assert got["model.layers.0.input_layernorm.weight"] == got["model.norm.weight"] == 0.25
@@ -451,10 +478,18 @@ def test_ratios_over_depth_modules_and_rows() -> None:
     assert (got["lm_head.weight"], got["model.norm.weight"]) == (0.0, 0.5)
 
 
+def test_a_kind_is_no_pattern() -> None:
+    """`o` and `norm` stand in nearly every name."""
+    names = [*NAMES, *(f"model.layers.0.{n}.weight" for n in ("self_attn.o_proj", "self_attn.k_proj", "mlp.down_proj"))]
+    for kind in ("q", "o", "k", "up", "down", "norms", "embed", "norm", "head"):
+        got = tensor_ratios(names, 1.0, modules=[(kind, 0.0)])
+        assert {n for n in names if got[n] == 0} == {n for n in names if place_of(n)[1] == kind} != set()
+
+
 def test_ratios_that_cannot_be_are_named() -> None:
     with pytest.raises(MergeError, match=r"layers\.2\..*0\.5 x 3 = 1\.5; ratios are from 0 to 1"):
         tensor_ratios(NAMES, 0.5, layers=[1.0, 3.0])
-    with pytest.raises(MergeError, match=r"modules: no tensor fits 'qproj'; expected a kind \(q, k"):
+    with pytest.raises(MergeError, match=r"modules: no tensor fits 'qproj'; expected a kind \(qkv, q, k"):
         tensor_ratios(NAMES, 0.5, modules=[("q", 1.0), ("qproj", 0.0)])
 
 

@@ -18,7 +18,7 @@ from itermerge.merging import Merge, MergeError, Method
 from itermerge.policy import Policy
 from itermerge.report.folders import flat
 from itermerge.report.folders import is_vanilla as is_vanilla_flat
-from itermerge.rules import method_of
+from itermerge.rules import method_of, source_of
 from itermerge.tasks import derive_seed
 from itermerge.weights import place_of, read_weights
 
@@ -102,6 +102,61 @@ def test_wise_ft_is_vanilla_but_for_the_last_round(tmp_path: Path, fits: list[An
     assert [r["weights/drift"] for r in at_end[1:3]] == [r["weights/drift"] for r in vanilla[1:3]]
     expected = Merge(Method(), BASE, [fits[-1][1]], 0.5).all()
     assert all(torch.equal(_model(tmp_path / "run", 3)[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize("merge", ["dare", "ties_rounds"])
+def test_any_rule_may_wait_for_the_last_round(merge: str, tmp_path: Path, fits: list[Any]) -> None:
+    rounds = _run(tmp_path, f"merge={merge}", "merge/policy=at_end")
+    assert [r["merge/ratio"] for r in rounds[1:]] == [1.0, 1.0, 0.5]
+    for number in (1, 2):
+        assert all(torch.equal(_model(tmp_path / "run", number)[n], w) for n, w in fits[number - 1][1].items())
+    assert any(not torch.equal(_model(tmp_path / "run", 3)[n], w) for n, w in fits[2][1].items())
+
+
+def test_an_empty_last_round_does_the_merge_that_is_still_to_come(
+    tmp_path: Path, fits: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = stages.Bench.verify
+
+    def verify(self: Any, samples: Any, number: int) -> Any:
+        made = real(self, samples, number)
+        if number == 2:
+            monkeypatch.setattr(stages, "read_lines", lambda path: iter(()))
+        return made
+
+    monkeypatch.setattr(stages.Bench, "verify", verify)
+    _run(tmp_path, "merge=wise_ft", "loop.on_empty=skip", rounds=2)
+    expected = Merge(Method(), BASE, [fits[0][1]], 0.5).all()
+    assert all(torch.equal(_model(tmp_path / "run", 2)[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["merge.policy.layers=[1.0, 3.0]"], ["merge.policy.modules=[{match: nothing, factor: 0}]"],
+     ["merge.policy.search=[2.0]", "merge.policy.layers=[0.5, 1.5]"]],
+)  # fmt: skip
+def test_ratios_that_cannot_be_are_refused_before_any_work(words: list[str], tmp_path: Path, fits: list[Any]) -> None:
+    with pytest.raises(MergeError, match=r"ratios are from 0 to 1|no tensor fits 'nothing'"):
+        _run(tmp_path, "merge=wise_ft", *words)
+    assert not fits
+    assert not list((tmp_path / "store").glob("*/manifest.json"))
+
+
+def test_a_search_with_dropped_weights_leaves_the_model_that_it_says(tmp_path: Path) -> None:
+    """The fit is computed again by the search's own merge, with the same policy: same bytes as when all is kept."""
+    words = (
+        *LAST[:1],
+        *LAST[2:],
+        "merge/policy=search",
+        "merge.policy.search=[0.7]",
+        "rounds=1",
+        "suite.pre_merge=true",
+    )
+    for keep in ("all", "none"):
+        for ratio in ("0.4", "0.9"):
+            where = (f"store.dir={tmp_path / keep}", f"store.keep={keep}", f"merge.ratio={ratio}")
+            run_here(tmp_path / f"{keep}{ratio}", *words, *where)
+    assert read_rounds(tmp_path / "all0.9") == read_rounds(tmp_path / "none0.9")
 
 
 @pytest.mark.parametrize("mask", ["fresh", "fixed"])
@@ -243,7 +298,8 @@ VANILLA = [
     (["merge.ratio=0.5"], False), (["merge=dare", "merge.ratio=1.0"], False), (["merge=model_stock"], False),
     (["merge.ratio=1.0", "merge/policy=schedule"], False), (["merge.ratio=1.0", "merge/policy=modules"], False),
     (["merge.ratio=1.0", "merge/policy=angle", "merge.every_n_epochs=last"], False),
-    (["merge.ratio=1.0", "merge/policy=importance"], False), (["merge.ratio=1.0", "merge.over=rounds"], False),
+    (["merge/policy=importance"], False),
+    (["merge.ratio=1.0", "merge.over=rounds", "merge.every_n_epochs=last"], False),
 ]  # fmt: skip
 
 
@@ -291,9 +347,18 @@ def test_a_rule_of_ones_own_is_a_function_and_a_yaml(
         torch.testing.assert_close(got[name], expected, rtol=0, atol=1e-8)
     # another text of the function is another merge: the stage is not found again
     (tmp_path / "my_rules.py").write_text("def clip(anchor, updates, most):\n    return 0 * updates[0]\n")
-    sys.modules.pop("my_rules")
+    sys.modules.pop("my_rules", None)
     _run(tmp_path, *words, rounds=1, name="other")
     assert all(torch.equal(_model(tmp_path / "other", 1)[n], BASE[n]) for n in BASE)
+    # a decorator of another module hides nothing
+    (tmp_path / "my_rules.py").write_text(
+        "import torch\n@torch.no_grad()\ndef clip(anchor, updates, most):\n    return 2 * updates[0]\n"
+    )
+    sys.modules.pop("my_rules", None)
+    first = source_of(check(compose_config(*words)).merge)
+    assert "2 * updates" in str(first)
+    with pytest.raises(ConfigError, match=r"merge\.function: torch\._C\._nn\.gelu has no Python source"):
+        _run(tmp_path, *words, "merge.function=torch._C._nn.gelu", rounds=1, name="builtin")
     for wrong in ("my_rules.nothing", "no_such_module.f", "clip"):
         with pytest.raises(ConfigError, match=rf"merge\.function: '{wrong}' cannot be had"):
             _run(tmp_path, *words, f"merge.function={wrong}", rounds=1, name=wrong)

@@ -160,6 +160,10 @@ class Job:
     def placed(self) -> list[Slot]:
         return [slot for slots in self.slots.values() for slot in slots]
 
+    def size_of(self, file: str) -> int:
+        """Bytes of a file of weights."""
+        return len(self.headers[file]) + sum(slot.size for slot in self.placed if slot.file == file)
+
     @property
     def size(self) -> int:
         """Bytes of the folder, but for the few that describe it."""
@@ -175,7 +179,7 @@ class Job:
         """What the bytes of the output depend on, as a digest: what is begun goes on only if it is the same."""
         files = {key: [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files_of(model)]
                  for key, model in self.inputs.items()}  # fmt: skip
-        code = source_digest(("merging", "weights.py", "checkpoints.py")), source_of(self.method)
+        code = source_digest(("merging", "weights.py", "checkpoints.py")), source_of(self.cfg.merge)
         what = [recipes.recipe(self), files, code, [version(p) for p in ("torch", "numpy")], sorted(self.others)]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
@@ -206,6 +210,7 @@ def merge(cfg: Between, typed: Sequence[str] = ()) -> None:
             raise
         for file in [*folder.rglob("*"), folder]:
             _sync(file)
+        (partial / JOURNAL).unlink()
         folder.rename(job.out)
         _sync(job.out.parent)
         shutil.rmtree(partial, ignore_errors=True)
@@ -314,6 +319,8 @@ def _begin(job: Job, partial: Path) -> _Journal:
     """The journal of what is there already: of the same merge, else a new one. Raises StoreError where the disk has not
     the space for the rest."""
     journal = _Journal(partial / JOURNAL, job.identity())
+    if journal.found and not _has_files(job, partial / "model"):
+        journal.forget()
     if journal.done or journal.state:
         log.info("going on in %s: %d of %d tensors are written", partial, len(journal.done), len(job.slots))
     elif journal.found:
@@ -330,6 +337,12 @@ def _begin(job: Job, partial: Path) -> _Journal:
     return journal
 
 
+def _has_files(job: Job, folder: Path) -> bool:
+    """Whether the files that a journal speaks of are there, with their sizes."""
+    files = {name: folder / name for name in job.headers}
+    return all(file.is_file() and file.stat().st_size == job.size_of(name) for name, file in files.items())
+
+
 class _Journal:
     """Which tensors are whole on the disk, a line each, and what a rule over the whole model needs to go on."""
 
@@ -339,8 +352,14 @@ class _Journal:
         self.state: list[list[int]] | None = None
         self.lines: list[dict[str, Any]] = []
         self.found = path.is_file()
+        self.identity = identity
         if not self._read(identity):
-            path.write_text(json.dumps({"identity": identity}) + "\n")
+            self.forget()
+
+    def forget(self) -> None:
+        """Begins anew."""
+        self.done, self.state = [], None
+        self.path.write_text(json.dumps({"identity": self.identity}) + "\n")
 
     def _read(self, identity: str) -> bool:
         if not self.found:
@@ -379,7 +398,7 @@ def _write_weights(job: Job, folder: Path, journal: _Journal) -> None:
     try:
         for name, header in job.headers.items():
             _put(files[name], header, 0)
-            os.truncate(files[name], len(header) + sum(s.size for s in job.placed if s.file == name))
+            os.truncate(files[name], job.size_of(name))
         works: SimpleQueue[Merge] = SimpleQueue()
         for _ in range(job.workers):
             works.put(_prepared(job, journal, files))

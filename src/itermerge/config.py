@@ -565,11 +565,10 @@ def to_dict(root: Root | Analyze | Between) -> dict[str, Any]:
 def _kind(kinds: Mapping[str, type], node: Any, key: str) -> type:
     if not isinstance(node, dict):
         raise ConfigError(f"{key}: expected a group of keys with a kind, got {node!r}")
-    if "*" in kinds and isinstance(node.get("kind"), str):
-        return kinds.get(node["kind"], kinds["*"])
-    if node.get("kind") not in kinds:
-        raise ConfigError(f"{key}.kind: {node.get('kind')!r} is none of {', '.join(kinds)}")
-    return kinds[node["kind"]]
+    kind, other = node.get("kind"), kinds.get("*")
+    if isinstance(kind, str) and (kind in kinds or other):
+        return kinds.get(kind) or kinds["*"]
+    raise ConfigError(f"{key}.kind: {kind!r} is {'no name' if other else 'none of ' + ', '.join(kinds)}")
 
 
 def _merge(schema: Any, raw: dict[str, Any], at: str) -> Any:
@@ -623,6 +622,8 @@ def _check_ranges(node: Any, at: str) -> None:
 
 def _cross_checks(root: Root) -> None:
     if isinstance(root.program, ProgramPretrainLab):
+        if root.model.lora.rank is not None:
+            raise ConfigError("model.lora.rank: a model is pretrained with all its weights; leave it null")
         for name, phase in root.program.phases.items():
             if len(phase.styles) != 2 or min(phase.styles) < 0 or sum(phase.styles) == 0:
                 raise ConfigError(f"program.phases.{name}.styles: needs two whole-number weights, got {phase.styles}")
@@ -633,8 +634,12 @@ def _cross_checks(root: Root) -> None:
         _check_merge(root.merge)
         if root.merge.weights is not None:
             raise ConfigError("merge.weights: a round has one tuned model; weights are for itermerge-merge")
-        if root.merge.combine == "stock" and root.merge.over != "rounds":
-            raise ConfigError("merge.combine=stock: one tuned model has no angle; use merge.over=rounds")
+        if root.merge.combine in ("stock", "tall", "consensus") and root.merge.over != "rounds":
+            raise ConfigError(f"merge.combine={root.merge.combine}: compares updates; use merge.over=rounds")
+        if root.merge.over == "rounds" and every != "last" and every < root.sft.epochs:
+            raise ConfigError(
+                "merge.over=rounds: a round's update is whole after its fit; use merge.every_n_epochs=last"
+            )
         _check_policy(root, root.merge)
     targets = root.model.lora.targets
     if targets != "all-linear" and not (
@@ -690,6 +695,8 @@ def _check_merge(merge: Merge) -> None:
         raise ConfigError(f"merge.weights: must be above 0 for a mean, got {merge.weights}")
     if merge.combine == "slerp" and (merge.sparsify != "none" or merge.over == "rounds"):
         raise ConfigError("merge.combine=slerp: goes with sparsify=none and over=tuned; the arc is between two models")
+    if merge.combine == "stock" and merge.sparsify != "none":
+        raise ConfigError("merge.combine=stock: takes its angle from whole updates; use sparsify=none")
     density = merge.density or 0.0
     if merge.epsilon is not None and not (density - merge.epsilon > 0 and density + merge.epsilon <= 1):
         raise ConfigError(
@@ -717,8 +724,12 @@ def _check_policy(root: Root, merge: MergeEvents) -> None:
             raise ConfigError(f"{at}.{name}: decides after the fit; use merge.every_n_epochs=last")
     if policy.metric == "val/mean/acc" and policy.search and not root.suite.n_validation:
         raise ConfigError(f"{at}.metric: {policy.metric} needs OOD validation items, suite.n_validation=50")
-    if merge.ratio * max(policy.rounds) * max(policy.epochs) * max(policy.search, default=1) > 1 + 1e-9:
-        raise ConfigError(f"{at}: merge.ratio times its factors must stay at most 1; ratio is {merge.ratio:g}")
+    largest = max(policy.rounds) * max(policy.epochs) * max(policy.search, default=1) * (1 + abs(policy.strength))
+    if merge.ratio * largest > 1 + 1e-9:
+        raise ConfigError(
+            f"{at}: merge.ratio times its factors must stay at most 1, and may be {merge.ratio:g} x {largest:g} "
+            "(rounds, epochs, search, 1 + |strength|)"
+        )
 
 
 def check_factors(policy: RatioPolicy) -> None:

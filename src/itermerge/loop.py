@@ -53,12 +53,16 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
             samples = bench.verify(bench.sample(history[-1], t), t)
             solutions = list(stages.read_lines(samples.folder / "examples.jsonl"))
             if not solutions and on_empty(cfg, t, samples, folder):
-                history.append(history[-1])
+                merged = Merged(history[-1])
+                if past and t == cfg.rounds and bench.at_end:  # the one merge is still to come
+                    merged = bench.merge(past[-1][0], Round(t, past[-1][1], anchor, past[:-1]))
+                    made.append((t, merged.model))
+                history.append(merged.model)
                 record.write(
                     bench,
                     t,
                     samples=samples,
-                    merged=Merged(history[-1]),
+                    merged=merged,
                     scores=bench.evaluate(history[-1], t),
                 )
                 drop_weights(bench, made, history, tuned, past, record.update, done=t == cfg.rounds)

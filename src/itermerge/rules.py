@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,21 @@ def method_of(merge: Merge) -> Method:
             ) from error
         if not callable(function):
             raise ConfigError(f"merge.function: {merge.function} is no function")
+        source_of(merge)
     return Method(
         sparsify=merge.sparsify, combine=merge.combine, weights=tuple(merge.weights or ()), params=dict(merge.params),
         function=function, **parameters,
     )  # fmt: skip
 
 
-def source_of(method: Method) -> str | None:
-    """The text of the file that holds a user's own rule: what it does is part of a result's key."""
-    file = inspect.getsourcefile(method.function) if method.function else None
-    return Path(file).read_text() if file else None
+def source_of(merge: Merge) -> str | None:
+    """The text of the module that holds a user's own rule: what it does is part of a result's key. Raises ConfigError
+    for one without a Python source."""
+    if merge.function is None:
+        return None
+    file = str(getattr(importlib.import_module(merge.function.rpartition(".")[0]), "__file__", ""))
+    if not file.endswith(".py"):
+        raise ConfigError(
+            f"merge.function: {merge.function} has no Python source to know its results by; wrap it in your own"
+        )
+    return Path(file).read_text()

@@ -222,15 +222,29 @@ def _adapt(model: Any, spec: LoraSpec, seed: int) -> Callable[[], None]:
         config = LoraConfig(r=spec.rank, lora_alpha=alpha, lora_dropout=spec.dropout, target_modules=targets)
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         try:
-            tuner: Any = LoraModel(model, config, "default")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # what is tied is refused below
+                tuner: Any = LoraModel(model, config, "default")
         except ValueError as error:
             raise SftError(f"model.lora.targets: {error}") from error
 
-    def fold() -> None:
-        tuner.merge_and_unload()
+    def train_all() -> None:
         for name, p in model.named_parameters():
             p.requires_grad_(name in trained)
 
+    def fold() -> None:
+        tuner.merge_and_unload()
+        train_all()
+
+    shared = model.get_input_embeddings().weight
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")}
+    if bad := [n for n, m in layers.items() if m.base_layer.weight is shared]:
+        tuner.unload()
+        train_all()
+        raise SftError(
+            f"model.lora.targets: {bad[0]} is the embeddings (or tied to them), and an adapter folded into it would "
+            "change both; leave it out"
+        )
     return fold
 
 

@@ -39,7 +39,7 @@ from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_dig
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
 from .tracking import progress
 from .upkeep import keep_of
-from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, read_weights, resolve, write_folder
+from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, place_of, read_weights, resolve, write_folder
 
 T = TypeVar("T")
 Ratio = float | Mapping[str, float]
@@ -208,8 +208,23 @@ class Bench:
         self.loaded = self.base.digest
         self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
         self.keep = store.keep = keep_of(cfg, self.size)
+        self._check_ratios()
         self._base_logs: list[list[torch.Tensor]] | None = None
         self._check_lengths(first)
+
+    def _check_ratios(self) -> None:
+        """Raises MergeError where a ratio of some round would be above 1, or a pattern fits no tensor."""
+        if isinstance(self.cfg.merge, MergeNone):
+            return
+        policy = self.cfg.merge.policy
+        most = self.cfg.merge.ratio * max(policy.rounds) * max(policy.epochs) * max(policy.search, default=1.0)
+        places = map(place_of, self.base_weights)
+        self._tensor_ratios(most, {row: 1 + abs(policy.strength) for row, _ in places if row.startswith("layer_")})
+
+    def _tensor_ratios(self, ratio: float, rows: Mapping[str, float]) -> dict[str, float]:
+        policy = self._merge_config().policy
+        modules = [(m["match"], m["factor"]) for m in policy.modules]
+        return merging.tensor_ratios(self.base_weights, ratio, layers=policy.layers, modules=modules, rows=rows)
 
     def _check_lengths(self, first: Sequence[Problem]) -> None:
         """Raises TaskError, naming the task, when its prompts leave no room for an answer."""
@@ -319,11 +334,10 @@ class Bench:
         def compute(folder: Path) -> Mapping[str, Any]:
             callbacks = []
             if inner:  # first: anchors that were dropped are computed again with the same policy
-                past, start = self._updates(now)
                 callbacks = [
                     merging.MergeCallback(
-                        now.anchor.weights(), method=self.method, at=inner, ratios=ratios, past=past, start=start,
-                        reset_optimizer=self._merge_config().reset_optimizer, seed=self._mask_seed(now),
+                        now.anchor.weights(), method=self.method, at=inner, ratios=ratios, seed=self._mask_seed(now),
+                        reset_optimizer=self._merge_config().reset_optimizer,
                     )
                 ]  # fmt: skip
             policy = self._load(now.start)
@@ -358,6 +372,8 @@ class Bench:
     def merge(self, tuned: Model, now: Round) -> Merged:
         """The merged model theta_hat_t: the round's last merge event. Where that changes nothing it is the tuned
         model."""
+        if self._waits(now):
+            return Merged(tuned)
         ratio = self._ratios(now, self.cfg.sft.epochs, tuned)
         search = self._search(tuned, now, ratio)
         if search:
@@ -386,7 +402,7 @@ class Bench:
         """search.json: accuracy on validation items with each of merge.policy.search's factors, with one model in
         memory. Facts: the factor that is taken, the smallest of those within `tolerance` of the best."""
         policy = getattr(self.cfg.merge, "policy", None)
-        if policy is None or not policy.search or (policy.at_end and now.number < self.cfg.rounds):
+        if policy is None or not policy.search:
             return None
         exams = [e for e in self.exams if e.label.startswith("val/")]
         factors = sorted(set(policy.search))
@@ -396,11 +412,9 @@ class Bench:
             total = len(factors) * sum(len(e.problems) for e in exams)
             with progress(f"round {now.number}: line search", total) as tick:
                 for factor in factors:
-                    ratios = _times(ratio, factor, self.base_weights)
-                    self.loaded = ""
-                    own = self.policy.weights()
-                    merge = self._last_event(tuned, now, ratios)
-                    merge.prepare()
+                    merge = self._last_event(tuned, now, _times(ratio, factor, self.base_weights))
+                    merge.prepare()  # which may compute dropped weights again, with the same policy
+                    self.loaded, own = "", self.policy.weights()
                     for name in merge.names:
                         for begin, end, piece in merge.pieces(name):
                             own[name].view(-1)[begin:end].copy_(piece)
@@ -759,11 +773,12 @@ class Bench:
 
     def _merge_key(self, now: Round) -> dict[str, Any]:
         """What decides a merge beside the tuned weights and the ratios."""
-        method = vars(self.method) | {"function": source_of(self.method)}
+        method = vars(self.method) | {"function": source_of(self._merge_config())}
         past = [(t.digest, s.digest) for t, s in now.past] if self.over_rounds else None
         return {
             "method": method, "name": getattr(self.cfg.merge, "function", None), "anchor": now.anchor.digest,
             "past": past, "start": now.start.digest if past is not None else None, "masks": self._mask_seed(now),
+            "epochs": self.cfg.sft.epochs if self.method.random else None,
         }  # fmt: skip
 
     def _ratios(self, now: Round, epoch: int, tuned: Model | None = None) -> dict[str, float]:
@@ -772,19 +787,28 @@ class Bench:
         if isinstance(self.cfg.merge, MergeNone):
             return dict.fromkeys(names, 1.0)
         merge, policy = self.cfg.merge, self.cfg.merge.policy
-        if policy.at_end and now.number < self.cfg.rounds:
-            return dict.fromkeys(names, 1.0)
         rows: dict[str, float] = {}
         if policy.importance:
             rows = merging.by_importance(now.importance, policy.strength)
-        if policy.angle and tuned and now.earlier:
+        if policy.angle and tuned and now.past:
+            if now.earlier is None:
+                raise merging.MergeError(
+                    "merge.policy.angle: the update of the round before could not be analysed; run.log says why"
+                )
             _, update = self.update(now.start, tuned, now.earlier)
             cosines = {row: figures["cosine"] for row, figures in update.facts["rows"].items()}
             rows = {row: rows.get(row, 1.0) * factor for row, factor in merging.by_angle(cosines).items()}
         ratio = merge.ratio * merging.over_time(policy.rounds, now.number, policy.span or self.cfg.rounds)
         ratio *= merging.over_time(policy.epochs, epoch, self.cfg.sft.epochs)
-        modules = [(m["match"], m["factor"]) for m in policy.modules]
-        return merging.tensor_ratios(names, ratio, layers=policy.layers, modules=modules, rows=rows)
+        return self._tensor_ratios(ratio, rows)
+
+    def _waits(self, now: Round) -> bool:
+        """Whether no merge comes before the last round (merge.policy.at_end), and this is another one."""
+        return self.at_end and now.number < self.cfg.rounds
+
+    @property
+    def at_end(self) -> bool:
+        return isinstance(self.cfg.merge, MergeEvents) and self.cfg.merge.policy.at_end
 
     def _does_nothing(self, ratio: Ratio) -> bool:
         return self.method.exact and not self.over_rounds and _compact(ratio) == 1
@@ -792,7 +816,7 @@ class Bench:
     def _events(self, now: Round) -> list[int]:
         """Epochs with a merge event that does something; the last always counts."""
         epochs = self.cfg.sft.epochs
-        if is_vanilla(self.cfg.merge):
+        if is_vanilla(self.cfg.merge) or self._waits(now):
             return [epochs]
         *inner, last = merging.events(epochs, self._merge_config().every_n_epochs)
         return [*(e for e in inner if not self._does_nothing(self._ratios(now, e))), last]

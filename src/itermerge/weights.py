@@ -33,6 +33,7 @@ _KINDS = (
     ("down", r"down_proj|dense_4h_to_h|mlp\.c_proj|fc2|\.w2\b"),
     ("norms", r"norm|ln_\w+"),
 )  # fmt: skip
+KINDS = (*(kind for kind, _ in _KINDS), "other", "embed", "norm", "head")
 
 
 class PolicyError(ValueError):

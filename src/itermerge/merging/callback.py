@@ -40,8 +40,7 @@ class MergeCallback(pl.Callback):
     `anchor` is a model's weights by name, a Hugging Face folder (mapped, never loaded whole), or None: the weights at
     the start of the fit, copied to the CPU and saved in Lightning's checkpoints. `ratio` is the tuned model's share: a
     number, or one a tensor; `ratios` gives events of their own. `at` lists the epochs (from 1) that an event follows;
-    None: every one. `past` and `start` are for rules over rounds: (tuned, start) of the rounds before, and what this
-    fit starts from. Unless told not to, an event clears the optimizer's moments, which describe a point that the
+    None: every one. Unless told not to, an event clears the optimizer's moments, which describe a point that the
     weights have left; one that changes nothing (linear at ratio 1) clears nothing.
 
     Works with full fine-tuning and with adapters of peft: a linear event scales the adapter and blends the frozen
@@ -61,14 +60,13 @@ class MergeCallback(pl.Callback):
         ratios: Mapping[int, float | Mapping[str, float]] | None = None,
         reset_optimizer: bool = True,
         seed: int = 0,
-        past: Sequence[tuple[Weights, Weights]] = (),
-        start: Weights | None = None,
     ) -> None:
         self.anchor: Weights | None = Checkpoint(Path(anchor)) if isinstance(anchor, str | Path) else anchor
         self.own_anchor = anchor is None
         self.ratio, self.method, self.at, self.ratios = ratio, method, at, dict(ratios or {})
-        self.reset_optimizer, self.seed, self.past, self.start = reset_optimizer, seed, list(past), start
+        self.reset_optimizer, self.seed = reset_optimizer, seed
         self.done: list[int] = []
+        self.restored = False  # from a checkpoint, with the anchor
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         shards = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -79,15 +77,20 @@ class MergeCallback(pl.Callback):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.own_anchor and self.anchor is None:
-            self.anchor = {n: p.detach().to("cpu", copy=True) for n, p in _parts(_model(pl_module)).items()}
+        if self.own_anchor and not self.restored:
+            model = _model(pl_module)
+            own = _parts(model, trained=set(_adapters(model)))
+            self.anchor = {n: p.detach().to("cpu", copy=True) for n, p in own.items()}
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.restored = False  # another fit has another start
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         epoch = trainer.current_epoch + 1
         if self.at is not None and epoch not in self.at:
             return
         ratio = self.ratios.get(epoch, self.ratio)
-        if not (self.method.exact and not self.past and _all_one(ratio)):
+        if not (self.method.exact and _all_one(ratio)):
             self.merge(_model(pl_module), ratio, epoch)
             if self.reset_optimizer:
                 for optimizer in trainer.optimizers:
@@ -99,7 +102,7 @@ class MergeCallback(pl.Callback):
         """One event, in place."""
         assert self.anchor is not None
         adapters = _adapters(model)
-        if adapters and self.method.exact and self.method.combine == "mean" and not self.past:
+        if adapters and self.method.exact and self.method.combine == "mean":
             self._scale(model, adapters, ratio)
             return
         for layer in adapters.values():
@@ -111,13 +114,7 @@ class MergeCallback(pl.Callback):
                 _leave_merged(layer)
 
     def _blend(self, own: dict[str, Tensor], ratio: float | Mapping[str, float], epoch: int) -> None:
-        anchor = _some(self.anchor or {}, own)
-        starts = None
-        tuned: list[Weights] = [own]
-        if self.past or self.start is not None:
-            tuned = [*(_some(t, own) for t, _ in self.past), own]
-            starts = [*(_some(s, own) for _, s in self.past), _some(self.start or anchor, own)]
-        work = Merge(self.method, anchor, tuned, ratio, starts=starts, seed=self.seed + epoch)
+        work = Merge(self.method, _some(self.anchor or {}, own), [own], ratio, seed=self.seed + epoch)
         work.prepare()
         for name in work.names:
             target = own[name]
@@ -144,7 +141,7 @@ class MergeCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done = list(state_dict["done"])
         if self.own_anchor:
-            self.anchor = state_dict["anchor"]
+            self.anchor, self.restored = state_dict["anchor"], True
 
 
 def _model(pl_module: pl.LightningModule) -> Any:
@@ -167,12 +164,15 @@ def _plain(name: str) -> str:
 
 
 def _adapters(model: Any) -> dict[str, Any]:
-    """peft's LoRA layers by the name of the weight below them."""
-    return {
-        f"{_plain(name)}.weight": layer
-        for name, layer in model.named_modules()
-        if hasattr(layer, "lora_B") and hasattr(layer, "base_layer")
-    }
+    """peft's LoRA layers by the name of the weight below them. Raises MergeError for adapters of embeddings and with
+    DoRA, which are no product of two matrices on top of a weight."""
+    found = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_B") and hasattr(layer, "base_layer"):
+            if getattr(layer, "lora_embedding_B", None) or any(getattr(layer, "use_dora", {}).values()):
+                raise MergeError(f"{_plain(name)}: has an adapter of embeddings or DoRA, which events cannot merge")
+            found[f"{_plain(name)}.weight"] = layer
+    return found
 
 
 def _parts(model: Any, trained: set[str] | frozenset[str] = frozenset()) -> dict[str, Tensor]:

@@ -217,7 +217,7 @@ class Merge:
     def _buffer(self, key: Any, size: int, device: torch.device) -> Tensor:
         key = (key, device)
         if key not in self._buffers or len(self._buffers[key]) < size:
-            self._buffers[key] = torch.empty(max(size, PIECE), device=device)
+            self._buffers[key] = torch.empty(max(size, PIECE), dtype=torch.float32, device=device)
         return self._buffers[key][:size]
 
     def _blend(self, name: str, ratio: float) -> Callable[[int, int], Tensor]:
@@ -227,7 +227,7 @@ class Merge:
         def anchor(begin: int, end: int) -> Tensor:
             return self._piece(self.anchor, name, begin, end, device)
 
-        if ratio == 0:
+        if ratio == 0 and self._global is None:
             return anchor
         if m.exact and len(self.tuned) == 1 and not self.starts:
 
@@ -257,6 +257,8 @@ class Merge:
             if not all(map(_is_finite, updates)):  # masks and elections would hide it
                 raise MergeError(self._what_is_not_finite(name))
             updates = [part(update, begin) for part, update in zip(thin, updates, strict=True)]
+            if ratio == 0:  # its equal magnitudes are counted now
+                return anchor(begin, end)
             return torch.add(
                 anchor(begin, end), combine(updates), alpha=ratio, out=self._buffer("merged", end - begin, device)
             )
@@ -322,7 +324,7 @@ class Merge:
         if m.combine == "stock":
             t = self._stock(name)
             return lambda updates: _total(updates, [t / many] * many)
-        agree = 1 if m.combine == "tall" else min(m.agree, many)
+        agree = 1 if m.combine == "tall" else min(m.agree, max(1, self._moved(name)))
 
         def standing_out(updates: list[Tensor]) -> Tensor:
             total = torch.stack(updates).sum(0)
@@ -331,6 +333,11 @@ class Merge:
             return total * (torch.stack(votes).sum(0) >= agree)
 
         return standing_out
+
+    def _moved(self, name: str) -> int:
+        """How many of the updates are not zero."""
+        starts = self.starts or [self.anchor] * len(self.tuned)
+        return sum(not torch.equal(t[name], s[name]) for t, s in zip(self.tuned, starts, strict=True))
 
     def _users(self, name: str) -> Callable[[list[Tensor]], Tensor]:
         shape, device = shape_of(self.anchor, name), self.tuned[-1][name].device
@@ -363,16 +370,19 @@ class Merge:
         device = self.tuned[0][name].device
 
         def both(begin: int, end: int) -> list[Tensor]:
-            return [self._piece(self.anchor, name, begin, end, device), self._update(0, name, begin, end)]
+            a, b = (self._piece(w, name, begin, end, device).double() for w in (self.anchor, self.tuned[0]))
+            return [a, b, b - a]
 
         sums = self._sums(name, both)
         if not sums:
             return None
-        aa, (ad, dd) = sums[0][0], sums[1]
-        cross = math.sqrt(max(0.0, aa * dd - ad * ad))  # |a x b|, from the difference: exact where the angle is small
-        angle = math.atan2(cross, aa + ad)
-        if not aa or not (aa + 2 * ad + dd) > 0:
+        (aa,), (ab, bb), (ad, _, dd) = sums
+        if not aa or not bb:
             return None
+        cross = aa * bb - ab * ab  # |a x b|^2
+        if cross < aa * bb / 2:
+            cross = aa * dd - ad * ad  # the same from the difference, exact where the angle is small
+        angle = math.atan2(math.sqrt(max(0.0, cross)), ab)
         if math.sin(angle) < PARALLEL:
             if angle > 1:
                 raise MergeError(

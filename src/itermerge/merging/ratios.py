@@ -6,8 +6,10 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..weights import place_of
+from ..weights import KINDS, place_of
 from .law import MergeError
+
+ROUNDING = 1e-9  # of products of factors
 
 
 def along(values: Sequence[float], at: float) -> float:
@@ -34,10 +36,10 @@ def tensor_ratios(
     """{tensor: ratio x factors}.
 
     `layers` is spread over the depth: its first value is that of the first layer (and of the embeddings), its last that
-    of the last layer (and of the final norm and the head). Of `modules`, the first whose pattern fits counts: a kind
-    (q, k, v, o, gate, up, down, norms, embed, norm, head) or a regular expression that is found in the tensor's name.
-    `rows` has factors of layer_00, ..., embed, norm, head; 1 where it has none. Raises MergeError for a pattern that no
-    tensor fits, and where a ratio is not in 0 to 1.
+    of the last layer (and of the final norm and the head). Of `modules`, the first whose pattern fits counts: a kind of
+    `weights.KINDS` (q, k, v, o, gate, up, down, norms, embed, norm, head, ...) or else a regular expression that is
+    found in the tensor's name. `rows` has factors of layer_00, ..., embed, norm, head; 1 where it has none. Raises
+    MergeError for a pattern that no tensor fits, and where a ratio is not in 0 to 1.
     """
     names = list(names)
     places = {name: place_of(name) for name in names}
@@ -48,19 +50,19 @@ def tensor_ratios(
         row, kind = places[name]
         at = int(row[6:]) / max(1, depth) if row.startswith("layer_") else 0.0 if row == "embed" else 1.0
         factor = along(layers, at) * (rows or {}).get(row, 1.0)
-        fits = (m for m in modules if m[0] == kind or re.search(m[0], name))
-        if found := next(fits, None):
-            factor *= found[1]
-        used |= {pattern for pattern, _ in modules if pattern == kind or re.search(pattern, name)}
-        out[name] = ratio * factor
+        fits = [(p, f) for p, f in modules if (p == kind if p in KINDS else re.search(p, name))]
+        if fits:
+            factor *= fits[0][1]
+        used |= {pattern for pattern, _ in fits}
+        out[name] = min(1.0, ratio * factor) if ratio * factor <= 1 + ROUNDING else ratio * factor
         if not 0 <= out[name] <= 1:
             raise MergeError(
                 f"{name}: its ratio would be {ratio:g} x {factor:g} = {out[name]:g}; ratios are from 0 to 1"
             )
     if unused := [pattern for pattern, _ in modules if pattern not in used]:
         raise MergeError(
-            f"merge.policy.modules: no tensor fits {unused[0]!r}; expected a kind (q, k, v, o, gate, up, down, norms, "
-            f"embed, norm, head) or a regular expression found in a name, as in {names[len(names) // 2]}"
+            f"merge.policy.modules: no tensor fits {unused[0]!r}; expected a kind ({', '.join(KINDS)}) "
+            f"or a regular expression found in a name, as in {names[len(names) // 2]}"
         )
     return out
 

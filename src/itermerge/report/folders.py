@@ -314,8 +314,8 @@ def settings(jobs: Sequence[Job], most: int = 6) -> list[Setting]:
 
 
 def by_ratio(jobs: Sequence[Job]) -> dict[str, dict[float, list[Job]]]:
-    """The longest chains by their other keys, then by ratio (1: vanilla); where several merge rules were run, a row
-    each, and vanilla belongs to all of them. Only rows of two ratios and more."""
+    """The longest chains by their other keys, then by ratio; where several merge rules were run, a row each. Vanilla is
+    at 1 in all of them, but for rules that have chains of their own there. Only rows of two ratios and more."""
     chains = longest(jobs)
     rules = sorted({j.rule for j in chains if not j.vanilla}) or ["none"]
     cells: dict[str, dict[float, list[Job]]] = {}
@@ -324,7 +324,8 @@ def by_ratio(jobs: Sequence[Job]) -> dict[str, dict[float, list[Job]]]:
             row = name if len(rules) == 1 else rule if name == "run" else f"{rule} {name}"
             for job in group:
                 ratio = 1.0 if job.vanilla else job.config.get("merge.ratio")
-                if ratio is not None and (job.vanilla or job.rule == rule):
+                own = any(j.rule == rule and not j.vanilla and j.config.get("merge.ratio") == 1 for j in group)
+                if ratio is not None and ((job.vanilla and not own) or (job.rule == rule and not job.vanilla)):
                     cells.setdefault(row, {}).setdefault(float(ratio), []).append(job)
     return {name: ratios for name, ratios in cells.items() if len(ratios) > 1}
 

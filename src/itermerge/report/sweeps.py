@@ -263,7 +263,10 @@ def _heats(
 
 def vanilla_blocks(jobs: Sequence[Job]) -> list[Block]:
     """Heatmaps of the difference to vanilla; a note where there is no vanilla chain."""
-    cells = {row: {r: g for r, g in ratios.items() if r != 1} for row, ratios in by_ratio(jobs).items()}
+    cells = {
+        row: {r: g for r, g in ratios.items() if not all(j.vanilla for j in g)}
+        for row, ratios in by_ratio(jobs).items()
+    }
     cells = {row: ratios for row, ratios in cells.items() if ratios}
     found = against_vanilla(cells, vanillas(jobs))
     if not any(c["value"] is not None for values in found.values() for c in values):
