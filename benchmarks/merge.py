@@ -1,6 +1,6 @@
 """Merging: `itermerge-merge` against mergekit and against plain copies, on one pair of Qwen2.5-shaped bf16 checkpoints.
 
-    python benchmarks/merge.py --mergekit VENV     # 0.5B, linear, dare, ties, slerp: about 15 minutes on two cores
+    python benchmarks/merge.py --mergekit VENV     # 0.5B, linear, dare, ties, slerp: about 12 minutes on two cores
     python benchmarks/merge.py --size 1.5b --rules linear ties --repeats 1
     python benchmarks/merge.py --all               # every rule of ours too; without --mergekit: ours and the limit
     python benchmarks/merge.py --callback          # the blend of a model in memory, alone
@@ -17,7 +17,7 @@ be had.
 
 mergekit gets the settings that were its fastest in single trials on two cores, others at work on them: `-j 1` (with
 its default, torch's own threads, linear took 16-25 s instead of 9-14, DARE 30 instead of 15, SLERP 55-62 instead of
-17, TIES 74 instead of 41: on an idle machine try `--mergekit-options`); `dtype: bfloat16` (its task arithmetic then
+17, TIES 74 instead of 41; other settings: `--mergekit-options`); `dtype: bfloat16` (its task arithmetic then
 rounds to bf16 at each step, where ours is in float32); no model card and no tokenizer. --async-write gained nothing at
 one output shard; --low-cpu-memory and --lazy-unpickle concern GPUs and pickles. No GPU, HF_HUB_OFFLINE=1.
 

@@ -120,8 +120,9 @@ class MergeCallback(pl.Callback):
             target = own[name]
             flat = target.view(-1) if target.is_contiguous() else None
             whole = torch.empty(target.numel(), device=target.device) if flat is None else flat
-            for begin, end, piece in work.pieces(name):
-                whole[begin:end].copy_(piece)
+            for begin, end, piece in work.pieces(name, whole if whole.dtype == torch.float32 else None):
+                if piece.data_ptr() != whole[begin:end].data_ptr():
+                    whole[begin:end].copy_(piece)
             if flat is None:
                 target.copy_(whole.view(target.shape))
 

@@ -103,6 +103,7 @@ class Merge:
         self._global: list[_Window] | None = None
         self._buffers: dict[Any, Tensor] = {}
         self._at, self._flat = "", dict[int, Tensor]()  # the tensors at hand
+        self._into: Tensor | None = None
         self._check()
 
     def _check(self) -> None:
@@ -148,16 +149,18 @@ class Merge:
         """Goes on from what another `Merge` of the same inputs had as its `state`, in place of `prepare`."""
         self._global = [_Window(*w[:4], seen=list(w[4:])) for w in state]
 
-    def pieces(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
+    def pieces(self, name: str, into: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """(begin, end, merged weights in float32) of a tensor, flattened; on the tuned tensor's device. What is given
-        is overwritten by the next piece. Raises MergeError, naming the tensor, for weights that are not finite, that
-        are no floating-point numbers, and where the rule is not defined."""
+        is overwritten by the next piece, unless it was put into its place in `into` (float32, flattened; it may be the
+        tuned tensor, which is then merged in place). Raises MergeError, naming the tensor, for weights that are not
+        finite, that are no floating-point numbers, and where the rule is not defined."""
         tensors = [self.anchor[name], *(w[name] for w in self.tuned)]
         if not all(t.is_floating_point() for t in tensors):
             if not all(torch.equal(tensors[0], t) for t in tensors[1:]):
                 raise MergeError(f"{name}: is of {tensors[0].dtype}, no floating-point weights, and differs")
             yield 0, tensors[0].numel(), tensors[0].reshape(-1)
             return
+        self._into = into
         blend = self._blend(name, self.ratios[name])
         for begin, end in self._grid(name):
             merged = blend(begin, end)
@@ -220,6 +223,10 @@ class Merge:
             self._buffers[key] = torch.empty(max(size, PIECE), dtype=torch.float32, device=device)
         return self._buffers[key][:size]
 
+    def _target(self, begin: int, end: int, device: torch.device) -> Tensor:
+        """Where a merged piece goes: its place in `into`, which may be the tuned tensor itself, or a buffer."""
+        return self._buffer("merged", end - begin, device) if self._into is None else self._into[begin:end]
+
     def _blend(self, name: str, ratio: float) -> Callable[[int, int], Tensor]:
         """(begin, end) -> merged weights, once what the rule needs to know of the whole tensor is known."""
         m, device = self.method, self.tuned[-1][name].device
@@ -245,7 +252,7 @@ class Merge:
                 return along
 
             def straight(begin: int, end: int) -> Tensor:
-                out = self._buffer("merged", end - begin, device)
+                out = self._target(begin, end, device)
                 return torch.lerp(anchor(begin, end), tuned(begin, end), ratio, out=out)
 
             return straight
@@ -259,9 +266,8 @@ class Merge:
             updates = [part(update, begin) for part, update in zip(thin, updates, strict=True)]
             if ratio == 0:  # its equal magnitudes are counted now
                 return anchor(begin, end)
-            return torch.add(
-                anchor(begin, end), combine(updates), alpha=ratio, out=self._buffer("merged", end - begin, device)
-            )
+            out = self._target(begin, end, device)
+            return torch.add(anchor(begin, end), combine(updates), alpha=ratio, out=out)
 
         return law
 
