@@ -153,6 +153,8 @@ BAD = [
     (["merge.policy.modules=[{match: '(', factor: 1}]"], r"^merge\.policy\.modules\[0\]\.match: '\(' is no pattern"),
     (["merge.policy.modules=[{match: q, factor: -1}]"], r"^merge\.policy\.modules\[0\]\.factor: must be a number"),
     (["merge/policy=importance", "analysis.importance=[taylor]"], r"^merge\.policy\.importance: 'skip' is not"),
+    (["merge.policy.span=2"], r"^merge\.policy\.span: spreads merge\.policy\.rounds, which has one factor"),
+    (["merge.policy.tolerance=0.1"], r"^merge\.policy\.tolerance, merge\.policy\.metric: are of the line search"),
     (["merge.policy.strength=0.5"], r"^merge\.policy\.strength: needs merge\.policy\.importance"),
     (["merge/policy=angle"], r"^merge\.policy\.angle: decides after the fit; use merge\.every_n_epochs=last"),
     (["merge/policy=search", "merge.every_n_epochs=last", "merge.policy.metric=val/mean/acc"],

@@ -718,6 +718,10 @@ def _check_policy(root: Root, merge: MergeEvents) -> None:
         )
     if policy.importance is None and policy.strength:
         raise ConfigError(f"{at}.strength: needs {at}.importance, as skip")
+    if policy.span is not None and len(policy.rounds) < 2:
+        raise ConfigError(f"{at}.span: spreads {at}.rounds, which has one factor; give it two, as [1.0, 0.5]")
+    if not policy.search and (policy.tolerance or policy.metric != "val/id/acc"):
+        raise ConfigError(f"{at}.tolerance, {at}.metric: are of the line search; give {at}.search=[0.5, 1.0]")
     inner = merge.every_n_epochs != "last" and merge.every_n_epochs < root.sft.epochs
     for name in ("angle", "search"):
         if getattr(policy, name) and inner:
