@@ -48,8 +48,8 @@ class Method:
     combine: `mean` or `sum`, weighted; `elect`, the mean over those entries whose sign is that of the weighted sum
     (TIES); `slerp`, along the arc between anchor and tuned tensor; `stock`, t times the mean, t = N c / (1 + (N - 1) c)
     in [0, 1], c the mean cosine of pairs (model stock, 2403.19522); `tall`, the sum where the last update stands out,
-    |u_N| > threshold |sum - u_N|, and `consensus`, the sum where at least `agree` (at most N) updates stand out
-    (2405.07813); `function`, a user's own: (anchor, updates, **params) -> combined update, of one whole tensor.
+    |u_N| > threshold |sum - u_N|, and `consensus`, the sum where at least `agree` updates stand out, or all that
+    are not zero if these are fewer (2405.07813); `function`, a user's own: (anchor, updates, **params) -> combined update, of one whole tensor.
     """
 
     sparsify: str = "none"
