@@ -822,9 +822,9 @@ class Bench:
         return [*(e for e in inner if not self._does_nothing(self._ratios(now, e))), last]
 
     def ratio_metrics(self, now: Round, merged: Merged) -> dict[str, float]:
-        """merge/ratio, the mean over weights of the last event's ratio; merge/effective_ratio, the same of what the ratios
-        of all of the round's events leave of its update (of rules that are not linear, merge/share is what was left);
-        merge/search, the factor that the line search took."""
+        """merge/ratio, the mean over weights of the last event's ratio; merge/effective_ratio, the same of what the
+        ratios of all of the round's events leave of its update (of rules that are not linear, merge/share is what was
+        left); merge/search, the factor that the line search took."""
         at = self._events(now)
         sizes = {name: w.numel() for name, w in self.base_weights.items()}
         of = [self._ratios(now, epoch) for epoch in at[:-1]] + [_times(merged.ratio, 1, sizes)]

@@ -49,7 +49,8 @@ class Method:
     (TIES); `slerp`, along the arc between anchor and tuned tensor; `stock`, t times the mean, t = N c / (1 + (N - 1) c)
     in [0, 1], c the mean cosine of pairs (model stock, 2403.19522); `tall`, the sum where the last update stands out,
     |u_N| > threshold |sum - u_N|, and `consensus`, the sum where at least `agree` updates stand out, or all that
-    are not zero if these are fewer (2405.07813); `function`, a user's own: (anchor, updates, **params) -> combined update, of one whole tensor.
+    are not zero if these are fewer (2405.07813); `function`, a user's own: (anchor, updates, **params) -> combined
+    update, of one whole tensor.
     """
 
     sparsify: str = "none"
