@@ -77,7 +77,7 @@ def test_mean_interval_weighs_tasks_not_items_and_resamples_within_tasks() -> No
 
 def test_counts_and_majority() -> None:
     assert count_reasons(["wrong", "correct", "wrong"]) == {
-        "correct": 1, "wrong": 2, "unparseable": 0, "truncated": 0
+        "correct": 1, "wrong": 2, "unparseable": 0, "truncated": 0, "timed_out": 0, "error": 0
     }  # fmt: skip
     assert majority(["a", "b", "a", "c"]) == 0.5
 
@@ -157,8 +157,22 @@ def test_greedy_scores_of_tasks_with_different_stops(monkeypatch: pytest.MonkeyP
     assert {label: s["correct"] for label, s in got.items()} == {
         "a": [1, 0, 0, 1], "b": [1, 0, 0], "c": [0, 0], "val/a": [1]
     }  # fmt: skip
-    assert got["c"]["reasons"] == {"correct": 0, "wrong": 0, "unparseable": 0, "truncated": 2}
-    assert got["a"]["reasons"] == {"correct": 2, "wrong": 2, "unparseable": 0, "truncated": 0}
+    assert got["c"]["reasons"] == {
+        "correct": 0,
+        "wrong": 0,
+        "unparseable": 0,
+        "truncated": 2,
+        "timed_out": 0,
+        "error": 0,
+    }
+    assert got["a"]["reasons"] == {
+        "correct": 2,
+        "wrong": 2,
+        "unparseable": 0,
+        "truncated": 0,
+        "timed_out": 0,
+        "error": 0,
+    }
     assert {label: s["n"] for label, s in got.items()} == sizes
     assert got["a"]["majority"] == 0.5
     assert sorted(calls, key=str) == sorted([((), 4 + 2 + 1, None), (("\n",), 3, None)], key=str)

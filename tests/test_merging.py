@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_here
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -259,6 +259,8 @@ def test_linear_lies_between_follows_the_formula_and_leaves_its_inputs(
 
 
 @given(PAIRS, RATIOS)
+@example([(62.0, 0.0), (-9735.0, 2.0)], 0.5)
+@example([(1.0, 0.125), (999578.0, 0.5)], 0.5)
 def test_linear_and_slerp_are_symmetric(pairs: list[tuple[float, float]], ratio: float) -> None:
     a, b = _tensors(pairs)
     scale = float(torch.maximum(a.abs(), b.abs()).max())
@@ -269,7 +271,8 @@ def test_linear_and_slerp_are_symmetric(pairs: list[tuple[float, float]], ratio:
         except MergeError:
             assert method is SLERP
             continue
-        assert float((there - back).abs().max()) <= 1e-5 * scale + 1e-30
+        # Nearly opposite tensors: the arc is far longer than both, so the rounding is that of the result.
+        assert float((there - back).abs().max()) <= 1e-5 * max(scale, float(there.abs().max())) + 1e-30
 
 
 UPDATES = st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=60)

@@ -16,7 +16,7 @@ import numpy as np
 
 from .decoding import Completion, complete
 from .policy import Policy
-from .tasks import REASONS, Problem, Task, derive_seed
+from .tasks import REASONS, Problem, Task, derive_seed, verify_all
 
 Z95 = 1.959963984540054
 SHARED_CHARACTERS = 80  # at the head of all prompts of a task: few-shot examples
@@ -43,8 +43,11 @@ def greedy_scores(policy: Policy, exams: Sequence[Exam], *, on_progress: Callabl
     for (stop, _), items in groups.items():
         prompts = [problem.prompt for _, problem in items]
         done = complete(policy, prompts, keys=None, stop=stop, on_progress=on_progress, **how)
+        texts: dict[str, list[tuple[Problem, str, bool]]] = {}
         for (exam, problem), c in zip(items, done, strict=True):
-            verdicts[exam.label].append(exam.task.verify(problem, c.text, c.finished).reason)
+            texts.setdefault(exam.label, []).append((problem, c.text, c.finished))
+        for exam in exams:
+            verdicts[exam.label] += [v.reason for v in verify_all(exam.task, texts.get(exam.label, []))]
     return {
         exam.label: {
             "n": len(exam.problems),

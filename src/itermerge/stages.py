@@ -36,7 +36,7 @@ from .policy import Policy
 from .rules import method_of, source_of
 from .sft import Example, FitSpec, LoraSpec, SftError, fit
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
-from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed
+from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed, verify_all
 from .tracking import progress
 from .upkeep import keep_of
 from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, place_of, read_weights, resolve, write_folder
@@ -292,9 +292,10 @@ class Bench:
             samples, examples = [], []
             seen: set[tuple[str, str]] = set()
             kept: dict[str, int] = {}
-            for row in read_lines(completions.folder / "completions.jsonl"):
+            rows = list(read_lines(completions.folder / "completions.jsonl"))
+            verdicts = verify_all(self.task, [(problems[r["id"]], r["completion"], r["finished"]) for r in rows])
+            for row, verdict in zip(rows, verdicts, strict=True):
                 problem = problems[row["id"]]
-                verdict = self.task.verify(problem, row["completion"], row["finished"])
                 samples.append(
                     {
                         "id": row["id"], "sample": row["sample"], "prompt": problem.prompt,
@@ -468,17 +469,16 @@ class Bench:
                 self._sampler(model) as policy,
             ):
                 made = evaluation.sample(policy, self.task, problems, cfg.sampler.n, seed, on_progress=tick, **how)
-            rows = []
-            for p, cs in zip(problems, made, strict=True):
-                for i, c in enumerate(cs):
-                    verdict = self.task.verify(p, c.text, c.finished)
-                    rows.append(
-                        {
-                            "id": p.id, "sample": i, "prompt": p.prompt, "completion": c.text,
-                            "answer": verdict.answer, "gold": p.answer, "verdict": verdict.correct,
-                            "reason": verdict.reason, "tokens": c.tokens, "entropy": round(c.entropy, 6),
-                        }
-                    )  # fmt: skip
+            flat = [(p, i, c) for p, cs in zip(problems, made, strict=True) for i, c in enumerate(cs)]
+            verdicts = verify_all(self.task, [(p, c.text, c.finished) for p, _, c in flat])
+            rows = [
+                {
+                    "id": p.id, "sample": i, "prompt": p.prompt, "completion": c.text, "answer": verdict.answer,
+                    "gold": p.answer, "verdict": verdict.correct, "reason": verdict.reason, "tokens": c.tokens,
+                    "entropy": round(c.entropy, 6),
+                }
+                for (p, i, c), verdict in zip(flat, verdicts, strict=True)
+            ]  # fmt: skip
             _write_lines(folder / "held_out.jsonl", rows)
             return {}
 
@@ -548,9 +548,12 @@ class Bench:
             ):
                 for task, problems in items:
                     made = evaluation.sample(policy, task, problems, 1, seed, on_progress=tick, **how)
+                    verdicts = verify_all(
+                        task, [(p, c.text, c.finished) for p, (c,) in zip(problems, made, strict=True)]
+                    )
                     found.append([
                         {"id": p.id, "prompt": p.prompt, "completion": c.text}
-                        for p, (c,) in zip(problems, made, strict=True) if task.verify(p, c.text, c.finished).correct
+                        for p, (c,), verdict in zip(problems, made, verdicts, strict=True) if verdict.correct
                     ])  # fmt: skip
             longest = max(map(len, found), default=0)
             rows = [rows[at] for at in range(longest) for rows in found if at < len(rows)]

@@ -383,12 +383,11 @@ class Merge:
         sums = self._sums(name, both)
         if not sums:
             return None
-        (aa,), (ab, bb), (ad, _, dd) = sums
+        (aa,), (ab, bb), (ad, bd, dd) = sums
         if not aa or not bb:
             return None
-        cross = aa * bb - ab * ab  # |a x b|^2
-        if cross < aa * bb / 2:
-            cross = aa * dd - ad * ad  # the same from the difference, exact where the angle is small
+        # |a x b|^2 is the same from any two sides of the triangle; from the two shortest it loses the fewest digits.
+        _, cross = min((aa * bb, aa * bb - ab * ab), (aa * dd, aa * dd - ad * ad), (bb * dd, bb * dd - bd * bd))
         angle = math.atan2(math.sqrt(max(0.0, cross)), ab)
         if math.sin(angle) < PARALLEL:
             if angle > 1:

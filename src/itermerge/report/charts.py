@@ -22,7 +22,9 @@ BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY = (
 )  # fmt: skip
 ID, NEAR, FAR = BLUE, ORANGE, VERMILLION
 PALE_BLUE, PALE_VERMILLION = "#A9CDE4", "#F0B792"
-REASONS = {"correct": GREEN, "wrong": VERMILLION, "unparseable": PURPLE, "truncated": ORANGE}
+REASONS = {
+    "correct": GREEN, "wrong": VERMILLION, "unparseable": PURPLE, "truncated": ORANGE, "timed_out": SKY, "error": GREY
+}  # fmt: skip
 _CATEGORIES = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, "#9A7B00")
 _RAMP = ("#7A3FC0", "#A03BB4", "#C0418F", "#D8546C", "#E8704E", "#EE8F3A", "#E5AB34")
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 Split = Literal["train", "validation", "test"]
-Reason = Literal["correct", "wrong", "unparseable", "truncated"]
+# unparseable: nothing was read; truncated: it never ended; timed_out, error: it could not be judged, which is not "wrong"
+Reason = Literal["correct", "wrong", "unparseable", "truncated", "timed_out", "error"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
@@ -30,6 +31,7 @@ class Problem:
     train_prompt: str
     gold: str  # a completion that the verifier accepts; the reference answer stands in it
     answer: str
+    hint_prompt: str = ""  # the prompt with the answer given away (STaR's rationalization, 2203.14465)
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,17 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
+def verify_all(task: Task, attempts: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
+    """A verdict for each (problem, completion, finished)."""
+    return [task.verify(*attempt) for attempt in attempts]
+
+
 def check_gold(task: Task, problems: Sequence[Problem]) -> None:
     """Raises TaskError, naming the problem, unless there are problems and the verifier accepts each gold completion."""
     if not problems:
         raise TaskError(f"task {task.name!r} gave no problems")
-    for problem in problems:
-        verdict = task.verify(problem, problem.gold, True)
+    verdicts = verify_all(task, [(problem, problem.gold, True) for problem in problems])
+    for problem, verdict in zip(problems, verdicts, strict=True):
         if not verdict.correct:
             raise TaskError(
                 f"task {task.name!r}, problem {problem.id!r}: its own verifier finds the gold answer {problem.gold!r} "

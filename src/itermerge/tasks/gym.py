@@ -98,10 +98,9 @@ class GymTask:
         shots, train_shots = "".join(examples[: self.shots]), "".join(examples[: self.train_shots])
         made = []
         for id_, entry in self._draw(split, n, *seed):
-            ask = _block(_question(entry))
-            made.append(
-                Problem(id_, _question(entry), shots + ask, train_shots + ask, f" {entry['answer']}", entry["answer"])
-            )
+            text, answer = _question(entry), entry["answer"]
+            ask, hint = _block(text), _block(f"{text} (The answer is {answer}.)")
+            made.append(Problem(id_, text, shots + ask, train_shots + ask, f" {answer}", answer, shots + hint))
         return made
 
     def verify(self, problem: Problem, completion: str, finished: bool) -> Verdict:

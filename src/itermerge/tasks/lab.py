@@ -180,7 +180,7 @@ class LabTask:
     def problems(self, split: Split, n: int, *seed: object) -> list[Problem]:
         assert split in get_args(Part)
         return [
-            Problem(w.text, w.text, w.text, w.text, w.styles[0], w.answer)
+            Problem(w.text, w.text, w.text, w.text, w.styles[0], w.answer, f"{w.answer}#{w.text}")
             for w in draw(self.family, split, n, *seed)
         ]  # fmt: skip
 

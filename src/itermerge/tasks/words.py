@@ -109,6 +109,7 @@ class WordTask:
             Problem(
                 f"{self.label}:{hashlib.sha256(text.encode()).hexdigest()[:12]}", text, f"{head}{ask}",
                 f"{train_head}{ask}", f" The answer is {answer}.", answer,
+                f"{head}Question: {text} (The answer is {answer}.)\nAnswer:",
             )
             for text, answer in have[:n] for ask in (f"Question: {text}\nAnswer:",)
         ]  # fmt: skip
