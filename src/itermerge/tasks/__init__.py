@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 Split = Literal["train", "validation", "test"]
-# unparseable: nothing was read; truncated: it never ended; timed_out, error: it could not be judged, which is not "wrong"
+# unparseable: nothing was read; truncated: it never ended; timed_out, error: not judged, which is not "wrong"
 Reason = Literal["correct", "wrong", "unparseable", "truncated", "timed_out", "error"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
