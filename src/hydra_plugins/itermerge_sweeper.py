@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +25,18 @@ from itermerge.upkeep import need
 
 
 class CheckedSweeper(BasicSweeper):
-    """All combinations of the overrides, through any launcher. Every config is checked before the first job; a sweep
-    that is resumed leaves out what is DONE; it ends with its table, its figures, and the command that goes on."""
+    """All combinations of the overrides, through any launcher, with each of `cases`: named lists of overrides that are
+    no grid. Every config is checked before the first job; a sweep that is resumed leaves out what is DONE; it ends with
+    its table, its figures, and the command that goes on."""
+
+    def __init__(
+        self, max_batch_size: int | None, params: dict[str, Any] | None, cases: Mapping[str, Sequence[str]] | None
+    ) -> None:
+        # null takes a key of an experiment that this one builds on out of the grid
+        super().__init__(
+            max_batch_size=max_batch_size, params={k: v for k, v in (params or {}).items() if v is not None}
+        )
+        self.cases = cases or {}
 
     def sweep(self, arguments: list[str]) -> None:
         try:
@@ -55,11 +66,15 @@ class CheckedSweeper(BasicSweeper):
                 self.launch({i: todo[i] for i in numbers[at : at + size]}, folder, cfgs[0].sweep.on_error)
 
     def expand(self, arguments: list[str]) -> list[list[str]]:
-        """The overrides of each job."""
+        """The overrides of each job; what was typed comes after a case's own, and so counts. Raises ConfigError."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         parsed = parser.parse_overrides([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
-        return self.split_arguments(parsed, None)[0]
+        grid = self.split_arguments(parsed, None)[0]
+        for name, own in self.cases.items():
+            if not re.fullmatch(r"[\w.-]+", str(name)) or not isinstance(own, Sequence) or isinstance(own, str):
+                raise ConfigError(f"hydra.sweeper.cases.{name}: expected a name and a list of overrides, got {own!r}")
+        return [[f"label={name}", *map(str, own), *job] for name, own in self.cases.items() for job in grid] or grid
 
     def check(self, jobs: Sequence[Sequence[str]]) -> list[Root]:
         """Each job's config. Raises ConfigError naming the job."""
@@ -141,7 +156,7 @@ class OptunaSweeper(CheckedSweeper):
         self, n_trials: int, n_jobs: int | None, metrics: list[str] | None, algorithm: str, seed: int,
         params: dict[str, Any] | None,
     ) -> None:  # fmt: skip
-        super().__init__(max_batch_size=None, params=params)
+        super().__init__(max_batch_size=None, params=params, cases=None)
         self.n_trials, self.n_jobs, self.metrics = n_trials, n_jobs, list(metrics or [])
         self.algorithm, self.seed = algorithm, seed
 

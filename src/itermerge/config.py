@@ -112,6 +112,7 @@ class _Practice:
     n_validation: int = knob(ge=1)  # problems that choose a round or a learning rate
     problems: str = knob(among=("fixed", "fresh"))  # the same each round, or drawn anew
     max_solutions: int | None = field(default=MISSING, metadata={"ge": 1})  # kept a problem
+    labels: str = knob(among=("gold", "majority"))  # what a solution is right by: the gold answer, or most samples'
 
 
 @dataclass
@@ -146,6 +147,7 @@ class Suite:
 class Sampler:
     kind: str = "hf"
     n: int = knob(ge=1)  # samples a problem
+    hints: int = knob(ge=0)  # samples with the answer given away, of each problem that none of these solves
     temperature: float = knob(gt=0)
     top_p: float = knob(gt=0, le=1)
     max_new_tokens: int = knob(ge=1)
@@ -166,6 +168,44 @@ class Sft:
     max_length: int = knob(ge=2)  # tokens of a prompt and its completion
     start: str = knob(among=("merged", "base", "tuned"))
     data: str = knob(among=("replace", "accumulate"))
+    l2_to_base: float = knob(ge=0)  # times half the squared distance from the base, added to the loss
+    kl_to_base: float = knob(ge=0)  # times KL(tuned || base) in nats a completion token, added to the loss
+    replay: str | None = MISSING  # a JSON-lines file of prompt and completion, or `lab`: the lab's pretraining data
+    replay_share: float = knob(ge=0, lt=1)  # of a fit's examples
+    patience: int | None = field(default=MISSING, metadata={"ge": 1})  # epochs without a better validation accuracy
+
+
+@dataclass
+class TeacherNone:
+    """The model practises on solutions of its own."""
+
+    kind: str = "none"
+
+
+@dataclass
+class TeacherLab:
+    """Solutions are sampled from another lab model."""
+
+    kind: str = "lab"
+    seed: int = knob(ge=0)
+
+
+@dataclass
+class TeacherHF:
+    """Solutions are sampled from another causal LM."""
+
+    kind: str = "hf"
+    path: str = MISSING
+    revision: str | None = None
+    trust_remote_code: bool = MISSING
+
+
+@dataclass
+class TeacherFile:
+    """Solutions stand in a JSON-lines file: question (or id) and completion."""
+
+    kind: str = "file"
+    path: str = MISSING
 
 
 @dataclass
@@ -344,6 +384,7 @@ class Paths:
 class Root:
     """The whole config, as a run reads it."""
 
+    label: str = MISSING  # the setting's name in reports; "" for none
     seed: int = knob(ge=0)
     threads: int = knob(ge=1)  # CPU threads; part of every key, since sums depend on it
     rounds: int = knob(ge=1)
@@ -354,6 +395,7 @@ class Root:
     suite: Suite = field(default_factory=Suite)
     sampler: Any = None
     sft: Sft = field(default_factory=Sft)
+    teacher: Any = None
     merge: Any = None
     trainer: Trainer = field(default_factory=Trainer)
     analysis: Analysis = field(default_factory=Analysis)
@@ -418,6 +460,7 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "model": {"lab": ModelLab, "hf": ModelHF},
     "task": {"lab": PracticeLab, "gym": PracticeGym, "words": PracticeWords},
     "sampler": {"hf": Sampler},
+    "teacher": {"none": TeacherNone, "lab": TeacherLab, "hf": TeacherHF, "file": TeacherFile},
     "merge": {"none": MergeNone, "*": MergeEvents},  # any other name: a rule, perhaps the user's own
     "logger": {"jsonl": LoggerJsonl, "wandb": LoggerWandb},
     "store": {"local": StoreLocal, "none": StoreNone},
@@ -436,6 +479,10 @@ def check(composed: DictConfig) -> Root:
     raw = _plain(composed)
     _check_list(raw)
     schema = OmegaConf.structured(Root)
+    rule = raw.get("merge")
+    if isinstance(rule, dict) and rule.get("kind") == "none" and len(rule) > 1:
+        key = next(k for k in rule if k != "kind")
+        raise ConfigError(f"merge.{key}: merge=none has no keys; where an experiment sets some, use merge.ratio=1")
     for group, kinds in KINDS.items():
         schema[group] = OmegaConf.structured(_kind(kinds, raw.get(group), group))
     suite = raw.get("suite")
@@ -465,6 +512,8 @@ def check_analyze(composed: DictConfig) -> Analyze:
         schema[group] = OmegaConf.structured(_kind(KINDS[group], raw.get(group), group))
     made: Analyze = _merge(schema, raw, "")
     _check_analysis(made.analysis)
+    if made.sampler.hints or made.task.labels != "gold":
+        raise ConfigError("sampler.hints, task.labels: are of training; importance is measured on verified solutions")
     return made
 
 
@@ -641,6 +690,7 @@ def _cross_checks(root: Root) -> None:
                 "merge.over=rounds: a round's update is whole after its fit; use merge.every_n_epochs=last"
             )
         _check_policy(root, root.merge)
+    _check_sft(root)
     targets = root.model.lora.targets
     if targets != "all-linear" and not (
         isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
@@ -675,6 +725,29 @@ def _cross_checks(root: Root) -> None:
     if root.trainer.precision == "16-mixed" and root.trainer.accelerator == "cpu":
         raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
     check_metric(root, root.optimized_metric, "optimized_metric")
+
+
+def _check_sft(root: Root) -> None:
+    sft = root.sft
+    if (sft.replay is None) != (sft.replay_share == 0):
+        raise ConfigError("sft.replay, sft.replay_share: go together, as sft.replay=FILE sft.replay_share=0.25")
+    if sft.replay == "lab" and not isinstance(root.model, ModelLab):
+        raise ConfigError(
+            "sft.replay=lab: is what the lab's bases learnt from; for another model give a JSON-lines file"
+        )
+    if sft.l2_to_base and root.model.lora.rank is not None:
+        raise ConfigError("sft.l2_to_base: is of all weights, which adapters leave as they are; use sft.kl_to_base")
+    every = root.merge.every_n_epochs if isinstance(root.merge, MergeEvents) and not is_vanilla(root.merge) else "last"
+    if sft.patience is not None and every != "last" and every < sft.epochs:
+        raise ConfigError("sft.patience: an epoch that is kept may be any; use merge.every_n_epochs=last")
+    if root.task.labels == "majority" and root.sampler.n < 2:
+        raise ConfigError("task.labels=majority: needs votes; use sampler.n=8")
+    if root.task.labels == "majority" and root.sampler.hints:
+        raise ConfigError("sampler.hints: give gold answers away, task.labels=majority does without; leave one out")
+    if root.sampler.hints and isinstance(root.teacher, TeacherFile):
+        raise ConfigError("sampler.hints: nothing is sampled with teacher=file; leave it 0")
+    if "\n" in root.label:
+        raise ConfigError("label: must be one line")
 
 
 def _check_merge(merge: Merge) -> None:

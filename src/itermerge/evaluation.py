@@ -78,6 +78,12 @@ def count_reasons(reasons: Sequence[str]) -> dict[str, int]:
     return {reason: counts[reason] for reason in REASONS}
 
 
+def elect(answers: Sequence[str | None]) -> str | None:
+    """The answer that most samples gave (2203.11171); None where fewer than two agree, or two answers have as many."""
+    (first, votes), (_, next_) = [*Counter(a for a in answers if a is not None).most_common(2), *[("", 0)] * 2][:2]
+    return first if votes >= 2 and votes > next_ else None
+
+
 def majority(answers: Sequence[str]) -> float:
     """The share of the commonest answer: what a constant reply would score."""
     return max(Counter(answers).values()) / len(answers)

@@ -50,7 +50,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
 
         for t in range(1, cfg.rounds + 1):
             anchor = Anchor(bench, getattr(cfg.merge, "anchor", "base"), history)
-            samples = bench.verify(bench.sample(history[-1], t), t)
+            samples = bench.solve(history[-1], t)
             solutions = list(stages.read_lines(samples.folder / "examples.jsonl"))
             if not solutions and on_empty(cfg, t, samples, folder):
                 merged = Merged(history[-1])
@@ -212,7 +212,7 @@ class RunRecord:
         if samples:
             metrics |= stages.practice_metrics(samples.facts)
         if fitted and now:
-            metrics |= {"sft/loss": fitted.facts["losses"][-1]} | bench.ratio_metrics(now, merged)
+            metrics |= stages.fit_metrics(fitted.facts) | bench.ratio_metrics(now, merged)
         if layers:
             metrics |= {
                 "weights/drift": layers.facts["drift"], "merge/anchor_distance": layers.facts["anchor_distance"]

@@ -12,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from .policy import Policy
 from .sft import Example, FitSpec, fit
 from .tasks import derive_seed
-from .tasks.lab import ALPHABET, FAMILIES, part_of
+from .tasks.lab import ALPHABET, corpus
 from .weights import write_folder
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
@@ -53,20 +52,6 @@ def model(width: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: i
     )  # fmt: skip
 
 
-def corpus(n: int, weights: Mapping[str, float], styles: Sequence[int], *seed: object) -> list[tuple[str, str]]:
-    """`n` (prompt, completion) pairs, families by weight, one style each by whole-number weights."""
-    rng = random.Random(derive_seed(*seed, "corpus"))
-    names = list(weights)
-    pairs: list[tuple[str, str]] = []
-    while len(pairs) < n:
-        family = rng.choices(names, [weights[f] for f in names])[0]
-        worked = FAMILIES[family](rng)
-        if part_of(worked.text) == "pretrain":
-            pool = [s for s, w in zip(worked.styles, styles, strict=True) for _ in range(w)]
-            pairs.append((worked.text, rng.choice(pool)))
-    return pairs
-
-
 def pretrain(
     out: Path,
     *,
@@ -87,19 +72,20 @@ def pretrain(
     words.save_pretrained(start)
     policy = Policy(start)
     policy.model.to("cuda" if spec.accelerator == "gpu" else "cpu")
-    losses = []
+    loss = math.nan
     for name, phase in recipe["phases"].items():
         which = (seed,) if name == "main" else (seed, name)
         pairs = corpus(phase["examples"], recipe["families"], phase["styles"], *which)
         examples = [Example(policy.encode_prompt(p), policy.encode_completion(c)) for p, c in pairs]
-        losses = fit(
+        fitted = fit(
             policy, examples, dataclasses.replace(spec, lr=phase["lr"]), seed=derive_seed(*which, "fit"),
             scratch=scratch, on_progress=on_progress,
         )  # fmt: skip
+        loss = fitted.losses[-1]
     write_folder(out, policy.weights(), start)
-    record = {"seed": seed, **recipe, "batch_size": spec.batch_size, "loss": round(losses[-1], 4)}
+    record = {"seed": seed, **recipe, "batch_size": spec.batch_size, "loss": round(loss, 4)}
     (out / "recipe.json").write_text(json.dumps({**record, **provenance}, indent=2) + "\n")
-    return losses[-1]
+    return loss
 
 
 def steps(recipe: Mapping[str, Any], spec: FitSpec) -> int:

@@ -6,6 +6,7 @@ model must learn to stop. Optimizer and schedule are fresh each fit.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import math
@@ -26,6 +27,7 @@ from transformers import DynamicCache
 
 from .policy import SHARED_FROM, Policy, keeps_every_key
 from .tasks import derive_seed
+from .weights import Weights
 
 IGNORED = -100
 
@@ -63,6 +65,9 @@ class FitSpec:
     gradient_clip_val: float
     deterministic: bool
     lora: LoraSpec | None = None  # train adapters, folded into the weights at the end
+    l2_to_base: float = 0.0  # times half the squared distance of the weights from the base
+    kl_to_base: float = 0.0  # times KL(tuned || base), nats a completion token
+    patience: int | None = None  # epochs without a better score; the best epoch's weights are kept
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,17 @@ class Example:
 
     prompt: Sequence[int]
     completion: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a fit was like, a number an epoch: mean loss (nats a completion token, without what pulls to the base), mean
+    KL(tuned || base) where that is in the loss, score where there is one; and the epoch whose weights were kept."""
+
+    losses: list[float]
+    kl: list[float]
+    scores: list[float]
+    epoch: int
 
 
 class Examples(Dataset[Example]):
@@ -101,16 +117,19 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 class LanguageModel(pl.LightningModule):
     """The LM for fine-tuning: mean cross-entropy a completion token (nats), AdamW, warm-up and schedule by step."""
 
-    def __init__(self, model: Any, spec: FitSpec, steps: int) -> None:
+    def __init__(self, model: Any, spec: FitSpec, steps: int, base: Any = None) -> None:
         super().__init__()
         self.model, self.spec, self.steps = model, spec, steps
+        self.base = (base,)  # in a tuple: no part of this module, which is moved, trained and counted
         self.losses: list[float] = []
+        self.kl: list[float] = []
 
     def on_fit_start(self) -> None:
         self.model.train()  # from_pretrained returns eval mode, and Lightning keeps what it finds
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = completion_loss(self.model, batch)
+        logits, targets = completion_logits(self.model, batch)
+        loss = token_loss(logits, targets)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise SftError(
@@ -118,6 +137,12 @@ class LanguageModel(pl.LightningModule):
                 "lower sft.lr, or set trainer.gradient_clip_val"
             )
         self.losses.append(value)
+        if self.base[0] is not None:
+            with torch.no_grad():
+                before, _ = completion_logits(self.base[0], batch)
+            kl = token_divergence(logits, before, targets)
+            self.kl.append(float(kl.detach()))
+            loss = loss + self.spec.kl_to_base * kl
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -145,8 +170,20 @@ class LanguageModel(pl.LightningModule):
 
 def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy (nats) over the labelled tokens."""
-    logits, targets = completion_logits(model, batch)
+    return token_loss(*completion_logits(model, batch))
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy (nats) of logits (rows, columns, vocabulary) over the targets (rows, columns) that are not
+    ignored."""
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+
+
+def token_divergence(logits: Tensor, base: Tensor, targets: Tensor) -> Tensor:
+    """Mean KL(model || base) (nats) over the positions whose target is not ignored; shapes as in `token_loss`."""
+    here = targets != IGNORED
+    mine, theirs = (torch.log_softmax(x[here].float(), -1) for x in (logits, base))
+    return (mine.exp() * (mine - theirs)).sum(-1).mean()
 
 
 def completion_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -210,6 +247,52 @@ class _Progress(pl.Callback):
         self.on_progress(1)
 
 
+class _TowardsBase(pl.Callback):
+    """Adds strength (theta - theta_0) to the gradient before each step, which is that of strength/2 |theta - theta_0|^2
+    (L2-SP, 1802.01483); the gradient's clipping sees it."""
+
+    def __init__(self, model: Any, base: Weights, strength: float) -> None:
+        self.strength = strength
+        self.pairs = [(p, base[name]) for name, p in model.named_parameters() if p.requires_grad]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.pairs = [(p, w.to(p.device, p.dtype)) for p, w in self.pairs]
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        with torch.no_grad():
+            for p, w in self.pairs:
+                if p.grad is not None:
+                    p.grad.add_(p - w, alpha=self.strength)
+
+
+class _BestEpoch(pl.Callback):
+    """Keeps the trained weights of the epoch with the highest score, the first of equals; ends the fit after `patience`
+    epochs without a higher one."""
+
+    def __init__(self, score: Callable[[], float], patience: int) -> None:
+        self.score, self.patience = score, patience
+        self.scores: list[float] = []
+        self.kept: dict[str, Tensor] = {}
+        self.epoch = 0
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.eval()
+        self.scores.append(self.score())
+        pl_module.train()
+        if self.scores[-1] > max(self.scores[:-1], default=-math.inf):
+            trained = ((n, p) for n, p in pl_module.named_parameters() if p.requires_grad)
+            self.kept, self.epoch = {n: p.detach().clone() for n, p in trained}, len(self.scores)
+        trainer.should_stop = len(self.scores) - self.epoch >= self.patience
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        own = dict(pl_module.named_parameters())
+        with torch.no_grad():
+            for name, tensor in self.kept.items():
+                own[name].copy_(tensor)
+
+
 def _adapt(model: Any, spec: LoraSpec, seed: int) -> Callable[[], None]:
     """Puts adapters into `model`, which alone are trained; what folds them into its weights again. Raises SftError for
     modules that it does not have."""
@@ -256,12 +339,15 @@ def fit(
     seed: int,
     callbacks: Sequence[pl.Callback] = (),
     scratch: Path,
+    base: Weights | None = None,
+    score: Callable[[], float] | None = None,
     on_progress: Callable[[int], None] = lambda _: None,
-) -> list[float]:
-    """Trains the policy's weights in place; the mean loss of each epoch.
+) -> Fitted:
+    """Trains the policy's weights in place; losses and what else each epoch was like.
 
-    The order of the examples and dropout follow `seed`. Raises SftError when the loss is not finite or an example is
-    longer than `spec.max_length` tokens, and KeyboardInterrupt when interrupted.
+    The order of the examples and dropout follow `seed`. `base` are the weights that l2_to_base and kl_to_base pull to,
+    `score` measures the policy after an epoch for `patience`. Raises SftError when the loss is not finite or an example
+    is longer than `spec.max_length` tokens, and KeyboardInterrupt when interrupted.
     """
     longest = max(len(e.prompt) + len(e.completion) for e in examples)
     if longest > min(spec.max_length, policy.context):
@@ -281,8 +367,20 @@ def fit(
         generator=torch.Generator().manual_seed(derive_seed(seed, "order")),
         collate_fn=lambda rows: collate(rows, policy.pad_id),
     )
+    before = None
+    if spec.kl_to_base:
+        assert base is not None
+        before = _frozen(policy.model, base)
     fold = _adapt(policy.model, spec.lora, derive_seed(seed, "adapter")) if spec.lora else lambda: None
-    module = LanguageModel(policy.model, spec, steps)
+    module = LanguageModel(policy.model, spec, steps, before)
+    own: list[pl.Callback] = [_Progress(on_progress)]
+    if spec.l2_to_base:
+        assert base is not None
+        own.append(_TowardsBase(policy.model, base, spec.l2_to_base))
+    best = None
+    if spec.patience is not None:
+        assert score is not None
+        best = _BestEpoch(score, spec.patience)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -300,7 +398,7 @@ def fit(
             accumulate_grad_batches=spec.accumulate_grad_batches,
             gradient_clip_val=spec.gradient_clip_val or None,
             deterministic=spec.deterministic,
-            callbacks=[_Progress(on_progress), *callbacks],
+            callbacks=[*own, *callbacks, *filter(None, (best,))],
             plugins=[LightningEnvironment()],  # one process: not what Lightning would make of a Slurm job's variables
             default_root_dir=scratch,
             logger=False,
@@ -318,4 +416,16 @@ def fit(
             fold()
             policy.model.eval()
             policy.model.to(device)  # Lightning leaves the model on the CPU
-    return [sum(e) / len(e) for at in range(spec.epochs) if (e := module.losses[at * batches : (at + 1) * batches])]
+    losses, kl = (
+        [sum(e) / len(e) for at in range(spec.epochs) if (e := values[at * batches : (at + 1) * batches])]
+        for values in (module.losses, module.kl)
+    )
+    return Fitted(losses, kl, best.scores if best else [], best.epoch if best else len(losses))
+
+
+def _frozen(model: Any, weights: Weights) -> Any:
+    """A copy of `model` with other weights, to compare with."""
+    other = copy.deepcopy(model).eval().requires_grad_(False)
+    for name, p in other.named_parameters():
+        p.copy_(weights[name])
+    return other

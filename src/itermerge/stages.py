@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,9 +31,22 @@ from .analysis import change, diversity
 from .analysis.change import AnalysisError
 from .analysis.importance import importance
 from .analysis.mismatch import interval_of_means, mismatch
-from .config import ConfigError, MergeEvents, MergeNone, ModelLab, Root, TaskLab, TaskWords, is_vanilla, label
+from .config import (
+    ConfigError,
+    MergeEvents,
+    MergeNone,
+    ModelLab,
+    Root,
+    TaskLab,
+    TaskWords,
+    TeacherFile,
+    TeacherHF,
+    TeacherLab,
+    is_vanilla,
+    label,
+)
 from .evaluation import Exam
-from .policy import Policy
+from .policy import Policy, check_folder
 from .rules import method_of, source_of
 from .sft import Example, FitSpec, LoraSpec, SftError, fit
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
@@ -201,6 +215,7 @@ class Bench:
             folder, self.trust = lab_folder(cfg.model.seed, cfg.paths.models), False
         else:
             folder, self.trust = resolve(cfg.model.path, cfg.model.revision), cfg.model.trust_remote_code
+        self.replay, self.written = self._read_files()
         self.policy = Policy(folder, trust_remote_code=self.trust, device=self.device)
         self.extras = _extras_digest(folder)
         self.base = Model(folder, self._digest(self.policy.weights()))
@@ -208,9 +223,31 @@ class Bench:
         self.loaded = self.base.digest
         self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
         self.keep = store.keep = keep_of(cfg, self.size)
+        self.teacher = self._find_teacher()
         self._check_ratios()
         self._base_logs: list[list[torch.Tensor]] | None = None
         self._check_lengths(first)
+
+    def _read_files(self) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
+        """The examples of sft.replay, and the solutions of teacher=file by problem id and by question."""
+        replay, written = self.cfg.sft.replay, {}
+        pairs = read_pairs(replay, "sft.replay", ("prompt",)) if replay not in (None, "lab") else []
+        if isinstance(self.cfg.teacher, TeacherFile):
+            for name, completion in read_pairs(self.cfg.teacher.path, "teacher.path", ("id", "question")):
+                written.setdefault(_one_line(name), []).append(completion)
+        return pairs, written
+
+    def _find_teacher(self) -> Model | None:
+        """The model that solves the problems in place of the one that practises. Raises TaskError or PolicyError."""
+        teacher = self.cfg.teacher
+        if isinstance(teacher, TeacherLab):
+            folder = lab_folder(teacher.seed, self.cfg.paths.models)
+        elif isinstance(teacher, TeacherHF):
+            folder = resolve(teacher.path, teacher.revision)
+        else:
+            return None
+        check_folder(folder)
+        return Model(folder, _digest_json([digest_weights(Checkpoint(folder)), _extras_digest(folder)]))
 
     def _check_ratios(self) -> None:
         """Raises MergeError where a ratio of some round would be above 1, or a pattern fits no tensor."""
@@ -253,28 +290,60 @@ class Bench:
         which = ("fixed",) if task.problems == "fixed" else ("fresh", number)
         return self.task.problems("train", task.n_train, self.cfg.seed, *which)
 
-    def sample(self, model: Model, number: int) -> Artifact:
-        """completions.jsonl: `sampler.n` completions for each problem of the round."""
-        cfg, problems = self.cfg, self.train_problems(number)
-        seed = derive_seed(cfg.seed, number, "sample")
+    def solve(self, model: Model, number: int) -> Artifact:
+        """samples.jsonl and examples.jsonl of a round (`verify`), of solutions by `model` or by the teacher; with hints
+        for the problems that have none, where sampler.hints asks for them."""
+        if isinstance(self.cfg.teacher, TeacherFile):
+            return self.verify(self.given(number), number)
+        model = self.teacher or model
+        first = self.sample(model, number, self.train_problems(number))
+        samples = self.verify(first, number)
+        if not self.cfg.sampler.hints:
+            return samples
+        solved = {row["id"] for row in read_lines(samples.folder / "examples.jsonl")}
+        left = [p for p in self.train_problems(number) if p.id not in solved]
+        return self.verify(first, number, self.sample(model, number, left, hints=True)) if left else samples
+
+    def given(self, number: int) -> Artifact:
+        """completions.jsonl: the first `sampler.n` solutions of each problem in the teacher's file."""
+        problems, n = self.train_problems(number), self.cfg.sampler.n
+        rows = [
+            {"id": p.id, "sample": i, "completion": text, "finished": True, "tokens": 0}
+            for p in problems
+            for i, text in enumerate((self.written.get(p.id) or self.written.get(_one_line(p.text), ()))[:n])
+        ]
+        if not rows:
+            raise TaskError(
+                f"teacher.path: none of the round's {len(problems)} problems is in {self.cfg.teacher.path}; expected "
+                f'lines of {{"question": ..., "completion": ...}} with questions as {problems[0].text[:80]!r}'
+            )
+        inputs = {"given": _digest_json(rows)}
+        return self.store.stage("sample", inputs, lambda folder: _write_rows(folder, rows), modules=("stages.py",))
+
+    def sample(self, model: Model, number: int, problems: Sequence[Problem], hints: bool = False) -> Artifact:
+        """completions.jsonl: `sampler.n` completions for each problem, or `sampler.hints` with the answer given
+        away."""
+        cfg, n = self.cfg, self.cfg.sampler.hints if hints else self.cfg.sampler.n
+        seed = derive_seed(cfg.seed, number, "hints" if hints else "sample")
+        if hints:
+            problems = [dataclasses.replace(p, prompt=p.hint_prompt) for p in problems]
 
         def compute(folder: Path) -> Mapping[str, Any]:
             with (
-                progress(f"round {number}: sampling", len(problems) * cfg.sampler.n) as tick,
+                progress(f"round {number}: sampling{' with hints' * hints}", len(problems) * n) as tick,
                 self._sampler(model) as policy,
             ):
                 made = evaluation.sample(
-                    policy, self.task, problems, cfg.sampler.n, seed,
+                    policy, self.task, problems, n, seed,
                     temperature=cfg.sampler.temperature, top_p=cfg.sampler.top_p, on_progress=tick, **self._decode(),
                 )  # fmt: skip
             rows = [
                 {"id": p.id, "sample": i, "completion": c.text, "finished": c.finished, "tokens": c.tokens}
                 for p, cs in zip(problems, made, strict=True) for i, c in enumerate(cs)
             ]  # fmt: skip
-            _write_lines(folder / "completions.jsonl", rows)
-            return {}
+            return _write_rows(folder, rows)
 
-        how = {**self._decode(), "n": cfg.sampler.n, "temperature": cfg.sampler.temperature, "top_p": cfg.sampler.top_p}
+        how = {**self._decode(), "n": n, "temperature": cfg.sampler.temperature, "top_p": cfg.sampler.top_p}
         inputs = {
             "model": model.digest,
             "task": task_key(cfg.task),
@@ -284,44 +353,64 @@ class Bench:
         }
         return self.store.stage("sample", inputs | self._dtype(), compute, modules=self.sampling)
 
-    def verify(self, completions: Artifact, number: int) -> Artifact:
-        """samples.jsonl: each completion with its verdict; examples.jsonl: the different correct ones, in order."""
+    def verify(self, completions: Artifact, number: int, hinted: Artifact | None = None) -> Artifact:
+        """samples.jsonl: each completion with its verdict; examples.jsonl: the different ones to learn from, in order:
+        the correct ones, or with task.labels=majority those whose answer most samples of their problem gave. Those of
+        `hinted` come last and are learnt without the hint; they count in no figure but `hinted`."""
         keep, problems = self.cfg.task.max_solutions, {p.id: p for p in self.train_problems(number)}
+        by_vote = self.cfg.task.labels == "majority"
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            samples, examples = [], []
-            seen: set[tuple[str, str]] = set()
-            kept: dict[str, int] = {}
-            rows = list(read_lines(completions.folder / "completions.jsonl"))
-            verdicts = verify_all(self.task, [(problems[r["id"]], r["completion"], r["finished"]) for r in rows])
-            for row, verdict in zip(rows, verdicts, strict=True):
-                problem = problems[row["id"]]
-                samples.append(
-                    {
-                        "id": row["id"], "sample": row["sample"], "prompt": problem.prompt,
-                        "completion": row["completion"], "answer": verdict.answer, "gold": problem.answer,
-                        "verdict": verdict.correct, "reason": verdict.reason, "tokens": row["tokens"],
-                    }
-                )  # fmt: skip
-                solution = (row["id"], row["completion"])
-                if not verdict.correct or solution in seen or (keep is not None and kept.get(row["id"], 0) >= keep):
+            samples: list[dict[str, Any]] = []
+            for artifact in filter(None, (completions, hinted)):
+                rows = list(read_lines(artifact.folder / "completions.jsonl"))
+                verdicts = verify_all(self.task, [(problems[r["id"]], r["completion"], r["finished"]) for r in rows])
+                for row, verdict in zip(rows, verdicts, strict=True):
+                    problem = problems[row["id"]]
+                    hint = {"hint": True} if artifact is hinted else {}
+                    samples.append(
+                        {
+                            "id": row["id"], "sample": row["sample"],
+                            "prompt": problem.hint_prompt if hint else problem.prompt, "completion": row["completion"],
+                            "answer": verdict.answer, "gold": problem.answer, "verdict": verdict.correct,
+                            "reason": verdict.reason, "tokens": row["tokens"], **hint,
+                        }
+                    )  # fmt: skip
+            own = [s for s in samples if "hint" not in s]
+            answers: dict[str, list[str | None]] = {}
+            for s in own if by_vote else ():
+                answers.setdefault(s["id"], []).append(s["answer"])
+            elected = {i: evaluation.elect(said) for i, said in answers.items()}
+            examples: list[dict[str, Any]] = []
+            kept: dict[str, list[str]] = {}
+            for s in samples:
+                right = s["verdict"] if not by_vote else s["answer"] is not None and s["answer"] == elected[s["id"]]
+                had = kept.setdefault(s["id"], [])
+                if not right or s["completion"] in had or (keep is not None and len(had) >= keep):
                     continue
-                seen.add(solution)
-                kept[row["id"]] = kept.get(row["id"], 0) + 1
-                examples.append({"id": row["id"], "prompt": problem.train_prompt, "completion": row["completion"]})
+                had.append(s["completion"])
+                example = {"id": s["id"], "prompt": problems[s["id"]].train_prompt, "completion": s["completion"]}
+                examples.append(example | ({"hint": True} if "hint" in s else {}))
             _write_lines(folder / "samples.jsonl", samples)
             _write_lines(folder / "examples.jsonl", examples)
-            reasons = evaluation.count_reasons([s["reason"] for s in samples])
-            correct = (
-                [[s["verdict"] for s in samples if s["id"] == i] for i in problems] if len(samples) < 20000 else []
-            )
+            votes = {i: answer for i, answer in elected.items() if answer is not None}
+            true = {(s["id"], s["answer"]) for s in own if s["verdict"]}
+            counts: dict[str, tuple[int, int]] = {}
+            for s in own:
+                n, c = counts.get(s["id"], (0, 0))
+                counts[s["id"]] = n + 1, c + s["verdict"]
             return {
-                "samples": len(samples), "examples": len(examples), "problems": len(problems), "reasons": reasons,
-                "solved": len(kept), "distinct": len({(s["id"], s["completion"]) for s in samples}),
-                "pass": {} if not correct else _passes([(len(c), sum(c)) for c in correct]),
+                "samples": len(own), "examples": len(examples), "problems": len(problems),
+                "reasons": evaluation.count_reasons([s["reason"] for s in own]),
+                "solved": sum(c > 0 for _, c in counts.values()),
+                "distinct": len({(s["id"], s["completion"]) for s in own}),
+                "pass": _passes(list(counts.values())),
+                **({"labelled": len(votes), "label_right": len(true & set(votes.items()))} if by_vote else {}),
+                **({} if hinted is None else {"hinted": sum("hint" in e for e in examples)}),
             }  # fmt: skip
 
         inputs = {"completions": completions.digest, "task": task_key(self.cfg.task), "max_solutions": keep}
+        inputs |= {"labels": self.cfg.task.labels, "hinted": None if hinted is None else hinted.digest}
         inputs["problems"] = _ids(list(problems.values()))
         return self.store.stage("verify", inputs, compute, modules=(*self.sampling, "stages.py"))
 
@@ -329,6 +418,10 @@ class Bench:
         """The self-improved model theta_t: fine-tuned from the round's start, with the merge events before the last."""
         cfg, spec = self.cfg, self._fit_spec()
         seed = derive_seed(cfg.seed, now.number, "fit")
+        replayed = self._replayed(len(examples), now.number)
+        examples = [*({k: e[k] for k in ("prompt", "completion")} for e in examples), *replayed]
+        towards = self.base if spec.l2_to_base or spec.kl_to_base else None
+        stop_on = Exam(f"val/{self.task.name}", self.task, self.validation) if spec.patience is not None else None
         inner = self._events(now)[:-1]
         ratios = {epoch: self._ratios(now, epoch) for epoch in inner}
 
@@ -349,14 +442,16 @@ class Bench:
             total = -(-len(rows) // spec.batch_size) * spec.epochs
             try:
                 with progress(f"round {now.number}: fine-tuning", total) as tick:
-                    losses = fit(
-                        policy, rows, spec, seed=seed, callbacks=callbacks, scratch=self.scratch, on_progress=tick
-                    )
+                    fitted = fit(
+                        policy, rows, spec, seed=seed, callbacks=callbacks, scratch=self.scratch,
+                        base=self.base_weights if towards else None, on_progress=tick,
+                        score=partial(self._accuracy, policy, stop_on) if stop_on else None,
+                    )  # fmt: skip
             except SftError as error:
                 raise SftError(f"round {now.number}: {error}") from error
             write_folder(folder, policy.weights(), self.base.folder)
             digest = self.loaded = self._digest(policy.weights())
-            return {"digest": digest, "losses": losses}
+            return {"digest": digest, "replayed": len(replayed), **dataclasses.asdict(fitted)}
 
         events = None
         if inner:
@@ -364,11 +459,36 @@ class Bench:
                 "ratio": {str(epoch): _compact(ratio) for epoch, ratio in ratios.items()},
                 "reset": self._merge_config().reset_optimizer, **self._merge_key(now),
             }  # fmt: skip
-        inputs = {"start": now.start.digest, "examples": _digest_json(list(examples)),
-                  "spec": dataclasses.asdict(spec), "events": events, "seed": seed}  # fmt: skip
-        stage = partial(self.store.stage, "fit", inputs, compute, modules=FITTING)
+        inputs = {
+            "start": now.start.digest, "examples": _digest_json(examples), "spec": dataclasses.asdict(spec),
+            "events": events, "seed": seed, "base": towards.digest if towards else None,
+        }  # fmt: skip
+        if stop_on:
+            inputs |= {"items": _ids(stop_on.problems), "task": task_key(cfg.task), "how": self._decode()}
+            inputs |= self._dtype()
+        modules = (*FITTING, *self.sampling) if stop_on else FITTING
+        stage = partial(self.store.stage, "fit", inputs, compute, modules=modules)
         made = stage()
         return Model(made.folder, made.facts["digest"], partial(stage, whole=True)), made
+
+    def _replayed(self, n: int, number: int) -> list[dict[str, str]]:
+        """Examples of sft.replay, such that they are sft.replay_share of a fit's; as many as the file has."""
+        sft, seed = self.cfg.sft, derive_seed(self.cfg.seed, number, "replay")
+        wanted = round(n * sft.replay_share / (1 - sft.replay_share))
+        if sft.replay == "lab":
+            from .tasks.lab import FAMILIES, corpus
+
+            pairs = corpus(wanted, dict.fromkeys(FAMILIES, 1.0), (1, 1), seed)
+        else:
+            pairs = random.Random(seed).sample(self.replay, min(wanted, len(self.replay)))
+            if len(pairs) < wanted:
+                log.warning("sft.replay: %d examples were wanted, %s has %d", wanted, sft.replay, len(pairs))
+        return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+
+    def _accuracy(self, policy: Policy, exam: Exam) -> float:
+        with in_dtype(policy, getattr(torch, self.dtype)) as copy_:
+            scores = evaluation.greedy_scores(copy_, [exam], on_progress=lambda _: None, **self._decode())
+        return sum(scores[exam.label]["correct"]) / len(exam.problems)
 
     def merge(self, tuned: Model, now: Round) -> Merged:
         """The merged model theta_hat_t: the round's last merge event. Where that changes nothing it is the tuned
@@ -744,6 +864,10 @@ class Bench:
         return self.policy
 
     def _sampler(self, model: Model) -> Any:
+        if model is self.teacher:
+            trust = isinstance(self.cfg.teacher, TeacherHF) and self.cfg.teacher.trust_remote_code
+            other = Policy(model.folder, trust_remote_code=trust, device=self.device)
+            return in_dtype(other, getattr(torch, self.dtype))
         return in_dtype(self._load(model), getattr(torch, self.dtype))
 
     def _decode(self) -> dict[str, int]:
@@ -843,6 +967,7 @@ class Bench:
             max_length=sft.max_length, accelerator="gpu" if self.device == "cuda" else "cpu", devices=1,
             precision=self.precision, accumulate_grad_batches=trainer.accumulate_grad_batches,
             gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic, lora=self._lora(),
+            l2_to_base=sft.l2_to_base, kl_to_base=sft.kl_to_base, patience=sft.patience,
         )  # fmt: skip
 
     def _lora(self) -> LoraSpec | None:
@@ -914,8 +1039,8 @@ def _times(ratio: Ratio, factor: float, names: Iterable[str]) -> dict[str, float
 
 
 def _passes(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Mean pass@k over problems for k = 1, 2, 4, ... up to the samples that every problem has."""
-    most = min(n for n, _ in counts)
+    """Mean pass@k over problems for k = 1, 2, 4, ... up to the samples that every problem of these has."""
+    most = min((n for n, _ in counts), default=0)
     ks = [k for k in (2**i for i in range(12)) if k <= most]
     return {str(k): sum(evaluation.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
 
@@ -998,6 +1123,21 @@ def practice_metrics(facts: Mapping[str, Any]) -> dict[str, float]:
         "train_sample/distinct": facts["distinct"] / n,
         "train_sample/solved_problems": facts["solved"] / facts["problems"],
         "train_sample/examples": facts["examples"],
+        **({"train_sample/hinted": facts["hinted"]} if "hinted" in facts else {}),
+        **({"train_sample/labelled": facts["labelled"] / facts["problems"]} if "labelled" in facts else {}),
+        **({"train_sample/label_acc": facts["label_right"] / facts["labelled"]} if facts.get("labelled") else {}),
+    }
+
+
+def fit_metrics(facts: Mapping[str, Any]) -> dict[str, float]:
+    """sft/*: of the epoch that was kept, the loss, KL(tuned || base) where that is in it; that epoch, where it was
+    chosen; replayed examples, where there are some."""
+    at = facts["epoch"] - 1
+    return {
+        "sft/loss": facts["losses"][at],
+        **({"sft/kl": facts["kl"][at]} if facts["kl"] else {}),
+        **({"sft/epoch": facts["epoch"]} if facts["scores"] else {}),
+        **({"sft/replayed": facts["replayed"]} if facts["replayed"] else {}),
     }
 
 
@@ -1048,6 +1188,41 @@ def _ids(problems: Sequence[Problem]) -> str:
 
 def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    _write_lines(folder / "completions.jsonl", rows)
+    return {}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def read_pairs(path: str, key: str, first: Sequence[str]) -> list[tuple[str, str]]:
+    """(value of the first key of `first` that is there, completion) of each line of a JSON-lines file. Raises TaskError
+    naming `key`, file and line."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise TaskError(f"{key}: {file} is not there; expected a JSON-lines file")
+    found = []
+    with file.open("rb") as lines:
+        for at, raw in enumerate(lines, 1):
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw)
+                name = next(k for k in first if k in row)
+                pair = row[name], row["completion"]
+                if not all(isinstance(text, str) for text in pair):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, StopIteration) as error:
+                expected = " or ".join(f'{{"{k}": TEXT, "completion": TEXT}}' for k in first)
+                raise TaskError(f"{key}: {file}, line {at}: expected {expected}, got {raw[:80]!r}") from error
+            found.append(pair)
+    if not found:
+        raise TaskError(f"{key}: {file} is empty")
+    return found
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -159,7 +159,7 @@ class WandbTracker:
         self.run.finish(exit_code=1 if failed else 0)
 
 
-def layer_table(folder: Path) -> tuple[list[Any], list[list[Any]]]:
+def layer_table(folder: Path) -> tuple[list[Any], Any]:
     """Columns and rows of a run's layers: round, row (layer_00, ..., embed, norm, head), relative change, the same
     before the last merge event, share of the squared change, figures of the round's own update, and importances."""
     found = folder / "rounds" / "00" / "importance.json"
@@ -180,7 +180,7 @@ def layer_table(folder: Path) -> tuple[list[Any], list[list[Any]]]:
     return columns, rows
 
 
-def sample_table(folder: Path, n: int) -> tuple[list[Any], list[list[Any]]] | None:
+def sample_table(folder: Path, n: int) -> tuple[list[Any], Any] | None:
     """Columns and rows of up to `n` training and `n` held-out samples a round, spread evenly over it; None without
     any."""
     columns = ["round", "set", "id", "sample", "prompt", "completion", "answer", "gold", "verdict", "reason"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -157,6 +157,21 @@ def draw(family: str, part: Part, n: int, *seed: object) -> list[Worked]:
     if len(found) < n:
         raise TaskError(f"lab family {family!r} has only about {len(found)} {part} problems, {n} were asked for")
     return list(found.values())
+
+
+def corpus(n: int, weights: Mapping[str, float], styles: Sequence[int], *seed: object) -> list[tuple[str, str]]:
+    """`n` (prompt, completion) pairs of the part that is pretrained on, families by weight, one style each by
+    whole-number weights."""
+    rng = random.Random(derive_seed(*seed, "corpus"))
+    names = list(weights)
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < n:
+        family = rng.choices(names, [weights[f] for f in names])[0]
+        worked = FAMILIES[family](rng)
+        if part_of(worked.text) == "pretrain":
+            pool = [s for s, w in zip(worked.styles, styles, strict=True) for _ in range(w)]
+            pairs.append((worked.text, rng.choice(pool)))
+    return pairs
 
 
 @dataclass(frozen=True)
