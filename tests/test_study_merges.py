@@ -13,7 +13,7 @@ import pytest
 
 from itermerge import study
 from itermerge.report import charts
-from itermerge.study import CHAINS, Chain, Study, interval, methods_of
+from itermerge.study import CHAINS, Chain, Study, StudyError, interval, methods_of
 from itermerge.study_merges import BEST, NEAREST, VANILLA, Merges, holm, main
 
 N = 100
@@ -183,7 +183,8 @@ def test_a_missing_control_is_said() -> None:
     assert _by(made, NEAREST)[name]["note"] == "30.0 points of ID (validation) apart"
     assert made.summary()[1]["OOD near - vanilla"] == "none near"
     assert made.said()[0].startswith(f"**Against {BEST}**: 1 of 2 rules have a control.")
-    assert made.said()[3].startswith("8 comparisons of OOD")  # 2 sides x (1 + 2 + 1)
+    assert made.said()[3].startswith("**Against vanilla at equal drift**: 0 of 2")
+    assert made.said()[4].startswith("8 comparisons of OOD")  # 2 sides x (1 + 2 + 1)
 
 
 def test_without_a_constant_ratio_at_the_learning_rate_there_is_no_nearest() -> None:
@@ -287,3 +288,40 @@ def test_names_stand_beside_their_points_and_apart() -> None:
         assert box[0] >= 0 <= box[1]
         assert box[2] <= 640
         assert box[3] <= 440
+
+
+# --- methods with names ---------------------------------------------------------------------------------------------
+
+
+def test_a_label_stands_for_what_is_particular_and_is_compared_with_plain_controls() -> None:
+    """A restart is no vanilla though it merges nothing; a chain of one round stands at that round."""
+    star = _rule(ratio=1.0, val=0.46, near=0.85, **{"label": "star", "sft.start": "base"})
+    once = _chains(
+        ratio=1.0, val=[0.46, 0.5], id_=[0.42, 0.46], near=[0.89, 0.80], drift=[0.02, 0.03],
+        **{"label": "rft", "sampler.n": 40},
+    )  # fmt: skip
+    once = [
+        type(c)({**c.config, "rounds": 1}, c.rounds[:2], c.correct[:2], c.sampled[:2]) for c in once
+    ]  # round 0 and round 1
+    imm = _rule(val=0.46, near=0.88, **{"label": "every_epoch", "merge.every_n_epochs": 1})
+    plain = [*_constants(), *_vanilla()]
+    usual = [
+        type(c)(c.config | {"sft.start": "merged", "sampler.n": 8, "merge.every_n_epochs": "last"}, *rest)
+        for c in plain for rest in [(c.rounds, c.correct, c.sampled)]
+    ]  # fmt: skip
+    for chain in (*star, *once, *imm):
+        for key, value in {"sft.start": "merged", "sampler.n": 8, "merge.every_n_epochs": "last"}.items():
+            chain.config.setdefault(key, value)
+    found = [(str(i), c) for i, c in enumerate([*star, *once, *imm, *usual])]
+    made = Merges(Study(methods_of(found)))
+    assert [made.label(m) for m in made.rules] == ["every_epoch", "rft", "star"]
+    assert made.study.rounds == 2
+    vanilla = _by(made, VANILLA)
+    assert {vanilla[f"{n}, lr 0.0004"]["control"] for n in ("star", "rft")} == {"vanilla, lr 0.0001, round 1"}
+    assert all(m.other == "" for m in (*made.constants, *made.study.vanilla))
+    levels = {row["method"]: row for row in made.levels()}
+    assert levels["rft, lr 0.0004"]["drift"] == "0.0200"  # its only round
+    assert levels["star, lr 0.0004"]["drift"] == "0.0300"
+    two = [(at, type(c)({**c.config, "label": "star"}, c.rounds, c.correct, c.sampled)) for at, c in found[2:4]]
+    with pytest.raises(StudyError, match="label 'star' names two settings"):
+        methods_of([*found, *two])

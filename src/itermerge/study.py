@@ -18,7 +18,9 @@ seeds x bases. Written to --out, and printed:
     *.png           figures
 
 A *method* is what chains share apart from seed and base: rule and policy of the merge, ratio, learning rate, and what
-else differs (keys that follow from rule and policy are not named). A *unit* is one (base, seed); a chain is a method on
+else differs (keys that follow from rule and policy are not named). Where chains have labels, a method whose other keys
+are not those of most chains goes by its label (a baseline, as star): it is no control, and stands at its own last round
+where it has fewer than the others (RFT has one). A *unit* is one (base, seed); a chain is a method on
 a unit. Vanilla is what merges nothing, whatever its keys: linear at ratio 1, not model stock at ratio 1.
 All tables are over the units that every method has. Choices (learning rate, round, match) look at validation items and
 at weights, never at test items; `robust` counts on test items, and is a description.
@@ -39,6 +41,7 @@ import gzip
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
@@ -67,6 +70,10 @@ NO_MATTER = (
 )  # fmt: skip
 LOOKS = "analysis."  # looks at a chain, does not change it
 OLDER = ("merge.kind", "merge.ratio", "merge.anchor", "merge.every_n_epochs", "merge.reset_optimizer")
+PLAIN: Mapping[str, Any] = {  # keys that older runs do not have, and what they were there
+    "label": "", "sampler.hints": 0, "sft.l2_to_base": 0.0, "sft.kl_to_base": 0.0, "sft.replay": None,
+    "sft.replay_share": 0.0, "sft.patience": None, "task.labels": "gold", "teacher.kind": "none",
+}  # fmt: skip
 ITEM_KEYS = (  # chains that differ here have not answered the same items
     "suite.", "task.kind", "task.family", "task.dataset", "task.options", "task.label", "task.file", "task.holds",
     "task.n_validation",
@@ -214,30 +221,42 @@ class Method:
     other: str
     chains: dict[Unit, Chain]
     rule: str = ""
+    named: bool = False  # `other` is a label
 
     @property
     def vanilla(self) -> bool:
-        return self.ratio == 1 and not self.rule
+        return self.ratio == 1 and not self.rule and not self.named
 
     @property
     def setting(self) -> str:
         """All but the learning rate."""
-        return ", ".join(filter(None, (*self._merge, self.how, self.other)))
+        return ", ".join(dict.fromkeys(filter(None, (*self._merge, self.how, self.other))))
 
     @property
     def name(self) -> str:
-        return ", ".join(filter(None, (*self._merge, f"lr {self.lr:g}", self.how, self.other)))
+        return ", ".join(dict.fromkeys(filter(None, (*self._merge, f"lr {self.lr:g}", self.how, self.other))))
 
     @property
     def _merge(self) -> tuple[str, ...]:
-        return ("vanilla",) if self.vanilla else (self.rule, f"ratio {self.ratio:g}")
+        if self.ratio == 1 and not self.rule:
+            return (self.other,) if self.named else ("vanilla",)
+        return self.rule, f"ratio {self.ratio:g}"
 
     @cached_property
     def last(self) -> int:
         return min(len(c.rounds) for c in self.chains.values()) - 1
 
+    @property
+    def like(self) -> str:
+        """`other` of the methods that this one is compared with."""
+        return "" if self.named else self.other
+
+    def at(self, number: int) -> int:
+        """The round to look at for `number`: the last, where a named method has fewer."""
+        return min(number, self.last) if self.named else number
+
     def mean(self, figure: str, number: int) -> float:
-        return round(float(np.mean([c.figure(figure, number) for c in self.chains.values()])), 9)
+        return round(float(np.mean([c.figure(figure, self.at(number)) for c in self.chains.values()])), 9)
 
 
 Cell = tuple[Method, int]  # (method, round)
@@ -362,9 +381,9 @@ def find(folders: Sequence[Path]) -> tuple[list[Found], list[str]]:
 def methods_of(chains: Sequence[Found]) -> list[Method]:
     """Chains by method. Raises StudyError when they have not answered the same items, or two of one chain disagree."""
     configs = [c.config for _, c in chains]
-    ours = [k for k in sorted({k for c in configs for k in c}) if k not in (*UNIT_KEYS, *NO_MATTER, "sft.lr")]
+    ours = [k for k in sorted({k for c in configs for k in c}) if k not in (*UNIT_KEYS, *NO_MATTER, "sft.lr", "label")]
     varied = [k for k in ours if not k.startswith(("merge.", LOOKS))]
-    varied = [k for k in varied if len({str(c.get(k)) for c in configs}) > 1]
+    varied = [k for k in varied if len({str(c.get(k, PLAIN.get(k))) for c in configs}) > 1]
     if apart := [k for k in varied if k.startswith(ITEM_KEYS)]:
         raise StudyError(f"runs that differ in {', '.join(apart)} have not answered the same items; study them apart")
     how_keys: dict[str, list[str]] = {}  # by rule: what follows from rule and policy does not vary there
@@ -372,16 +391,19 @@ def methods_of(chains: Sequence[Found]) -> list[Method]:
         own = [c for _, c in chains if c.rule == rule and c.ratio and not c.vanilla]
         keys = [k for k in ours if k.startswith("merge.")]
         how_keys[rule] = [k for k in keys if len({str(c.merge(k)) for c in own}) > 1]
+    ways = [
+        ", ".join(f"{k}={c.merge(k)}" for k in how_keys[c.rule]) if c.ratio > 0 and not c.vanilla else ""
+        for _, c in chains
+    ]
     methods: dict[tuple[float, float, str, str, str], Method] = {}
     where: dict[int, str] = {}
-    for at, chain in chains:
-        merged = chain.ratio > 0 and not chain.vanilla
-        how = ", ".join(f"{k}={chain.merge(k)}" for k in how_keys[chain.rule]) if merged else ""
-        other = ", ".join(f"{k}={chain.config.get(k)}" for k in varied)
+    for (at, chain), (how, other, named) in zip(chains, _others(configs, varied, ways), strict=True):
         key = (chain.ratio, chain.lr, how, other, chain.rule)
-        method = methods.setdefault(key, Method(*key[:4], {}, chain.rule))
+        method = methods.setdefault(key, Method(*key[:4], {}, chain.rule, named))
         had = method.chains.get(chain.unit)
-        if had is not None and any(a != b for a, b in zip(had.rounds, chain.rounds, strict=False)):
+        if had is not None and any(
+            a[k] != b[k] for a, b in zip(had.rounds, chain.rounds, strict=False) for k in a.keys() & b.keys()
+        ):  # what was looked at may differ
             raise StudyError(
                 f"{where[id(had)]} and {at} are runs of one chain ({method.name}, base {chain.base}, seed "
                 f"{chain.unit[1]}) with different figures; leave one out"
@@ -390,6 +412,30 @@ def methods_of(chains: Sequence[Found]) -> list[Method]:
         if had is None or len(had.rounds) < len(chain.rounds):
             method.chains[chain.unit] = chain
     return sorted(methods.values(), key=lambda m: (m.vanilla, m.rule, m.ratio, m.lr, m.how, m.other))
+
+
+def _others(
+    configs: Sequence[Mapping[str, Any]], varied: Sequence[str], ways: Sequence[str]
+) -> list[tuple[str, str, bool]]:
+    """For each config its way of merging, what else of it is particular, by its values of `varied`, and whether that is
+    a label, which then stands for both. Raises StudyError for a label of several settings."""
+    if not any(c.get("label") for c in configs):
+        said = [", ".join(f"{k}={c.get(k, PLAIN.get(k))}" for k in varied) for c in configs]
+        return [(way, other, False) for way, other in zip(ways, said, strict=True)]
+    looked_at = [*varied, *OLDER[2:]]  # of merges, what a constant ratio has as well
+    values = [[str(c.get(k, PLAIN.get(k))) for k in looked_at] for c in configs]
+    usual = [Counter(column).most_common(1)[0][0] for column in zip(*values, strict=True)]
+    settings: dict[str, tuple[list[str], str]] = {}
+    out = []
+    for config, own, way in zip(configs, values, ways, strict=True):
+        apart = [f"{k}={v}" for k, v, u in zip(looked_at, own, usual, strict=True) if v != u]
+        label = str(config.get("label") or "")
+        if apart and label and settings.setdefault(label, (own, way)) != (own, way):
+            raise StudyError(
+                f"label {label!r} names two settings, {', '.join(apart)} {way} and another; study them apart"
+            )
+        out.append(("", label, True) if apart and label else (way, ", ".join(apart), False))
+    return out
 
 
 def _without_folders(node: Any) -> Any:
@@ -419,8 +465,9 @@ class Study:
         self.methods = [replace(m, chains={u: m.chains[u] for u in self.units}) for m in live]
         self.vanilla = [m for m in self.methods if m.vanilla]
         self.zero = [m for m in methods if not m.ratio]
-        self.rounds = rounds or min(m.last for m in self.methods)
-        if short := [m.name for m in self.methods if m.last < self.rounds]:
+        whole = [m for m in self.methods if not m.named]
+        self.rounds = rounds or min(m.last for m in whole)
+        if short := [m.name for m in whole if m.last < self.rounds]:
             raise StudyError(f"round {self.rounds} is not there for {', '.join(short[:5])}")
         first = next(iter(self.vanilla[0].chains.values()))
         sides = {s: first.tasks(s) for s in ("near", "far")}
@@ -430,7 +477,7 @@ class Study:
         self.has_samples = all(c.sampled[0] for m in self.methods for c in m.chains.values())
 
     def value(self, method: Method, number: int, group: str) -> Interval:
-        items = {u: c.correct[number] for u, c in method.chains.items()}
+        items = {u: c.correct[method.at(number)] for u, c in method.chains.items()}
         return interval({u: {t: i[t] for t in self.groups[group]} for u, i in items.items()})
 
     def against(self, pairs: Sequence[tuple[Cell, Cell]], group: str) -> Interval:
@@ -438,7 +485,7 @@ class Study:
         tasks = self.groups[group]
         found = []
         for (a, at), (b, bt) in pairs:
-            mine, theirs = ({u: c.correct[t] for u, c in m.chains.items()} for m, t in ((a, at), (b, bt)))
+            mine, theirs = ({u: c.correct[m.at(t)] for u, c in m.chains.items()} for m, t in ((a, at), (b, bt)))
             found.append(paired(mine, theirs, tasks))
         return interval({u: {t: np.mean([f[u][t] for f in found], 0) for t in tasks} for u in self.units})
 
@@ -468,7 +515,8 @@ class Study:
     def grid(self) -> list[dict[str, Any]]:
         """Each method at the last round, and the base."""
         rows = [self._row("base", self.vanilla[0], 0)]
-        return rows + [self._row(m.name, m, self.rounds) for m in (*self.zero, *self.methods) if m.last >= self.rounds]
+        shown = [m for m in (*self.zero, *self.methods) if m.named or m.last >= self.rounds]
+        return rows + [self._row(m.name, m, m.at(self.rounds)) for m in shown]
 
     def _row(self, name: str, method: Method, number: int) -> dict[str, Any]:
         row: dict[str, Any] = {"method": name, "units": len(method.chains), "round": number}
@@ -500,7 +548,7 @@ class Study:
         rows = []
         for how, every_round in ((f"{same}, last round", False), ("own learning rate and round", True)):
             for own in settings.values():
-                vanilla = [m for m in self.vanilla if m.other == own[0].other]
+                vanilla = [m for m in self.vanilla if m.other == own[0].like]
                 if not every_round:
                     vanilla, own = ([m for m in some if m.lr in shared] for some in (vanilla, own))
                 if not vanilla or not own:
@@ -532,12 +580,12 @@ class Study:
         within 15%. A method without such a cell has no control, and is not in the mean over all of them.
         """
         rows = []
-        for how, find in (("ID (validation)", self.equal_id), ("drift", self._equal_drift)):
+        for how, find in (("ID (validation)", self.equal_id), ("drift", self.equal_drift)):
             pairs: list[tuple[Cell, Cell]] = []
             merged = [m for m in self.methods if not m.vanilla]
             for m in merged:
                 cells = [
-                    (v, t) for v in self.vanilla if v.other == m.other for t in range(1, self.rounds + 1)
+                    (v, t) for v in self.vanilla if v.other == m.like for t in range(1, self.rounds + 1)
                     if v.lr < m.lr or (v.lr == m.lr and t < self.rounds)
                 ]  # fmt: skip
                 control = find((m, self.rounds), cells)
@@ -558,7 +606,8 @@ class Study:
         near = [c for c in cells if abs(c[0].mean("val/id/acc", c[1]) - target) <= EQUAL_ID + 1e-9]
         return min(near, key=lambda c: c[0].mean("weights/drift", c[1]), default=None)
 
-    def _equal_drift(self, at: Cell, cells: Sequence[Cell]) -> Cell | None:
+    def equal_drift(self, at: Cell, cells: Sequence[Cell]) -> Cell | None:
+        """Of the cells whose mean drift is within 15% the nearest."""
         target = at[0].mean("weights/drift", at[1])
         drifts = [(c[0].mean("weights/drift", c[1]), c) for c in cells]
         near = [(abs(math.log(d / target)), c) for d, c in drifts if d > 0 and target > 0]
@@ -612,7 +661,7 @@ class Study:
         methods = self.longest() if self.has_samples else []
         twins = {(m.lr, m.other): m for m in methods if m.vanilla}
         for m in methods:
-            control = twins.get((m.lr, m.other), m)
+            control = twins.get((m.lr, m.like), m)
             for number in (*range(0, m.last, 2), m.last) if m.last > 4 else range(m.last + 1):
                 mine = {u: c.sampled[number] for u, c in m.chains.items()}
                 theirs = {u: c.sampled[number] for u, c in control.chains.items()}

@@ -23,8 +23,9 @@ items:
 - (a') *nearest constant ratio*: of the constant ratios at the rule's learning rate and the last round the one with the
   nearest ID validation accuracy, however far that is (it is said); of equals the smaller drift.
 - (b) *vanilla*: of vanilla's cells (any learning rate and round) within a point the one with the smallest drift.
+- (b') *vanilla at equal drift*: of vanilla's cells whose drift is within 15% the one with the nearest drift.
 
-Where no cell is within a point there is no control, and that stands there. (a) and (b) choose among many cells, and a
+Where no cell is near enough there is no control, and that stands there. (a) and (b) choose among many cells, and a
 rule is one, at one learning rate: a rule that loses may win elsewhere; one that wins here beats a tuned control.
 
 Differences are paired by item, seed and base, over the units that all settings have, with the intervals of `study`.
@@ -67,6 +68,8 @@ from .study import (
 )  # fmt: skip
 
 BEST, NEAREST, VANILLA = "best constant ratio", "nearest constant ratio", "vanilla"
+DRIFT = "vanilla at equal drift"
+CONTROLS = (BEST, NEAREST, VANILLA, DRIFT)
 ALPHA = 0.05
 SIDES = ("OOD near", "OOD far")
 
@@ -85,7 +88,9 @@ def is_constant(method: Method) -> bool:
     """Whether a method is linear with a constant ratio and the base as anchor."""
     chain = next(iter(method.chains.values()))
     plain = all(str(chain.merge(key)) == str(value) for key, value in neutral().items())
-    return not method.vanilla and not method.rule and plain and chain.merge("merge.anchor") in (None, "base")
+    return (
+        not (method.vanilla or method.named or method.rule) and plain and chain.merge("merge.anchor") in (None, "base")
+    )
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -112,15 +117,18 @@ class Merges:
 
     def label(self, method: Method) -> str:
         """A rule's name, without ratio and learning rate where it was run at one."""
-        alike = sum(m.rule == method.rule for m in self.rules)
-        return method.rule if alike == 1 and method.rule else method.name
+        short = method.rule or method.other * method.named
+        alike = sum((m.rule or m.other * m.named) == short for m in self.rules)
+        return short if alike == 1 and short else method.name
 
     def control(self, kind: str, rule: Method) -> Cell | None:
-        """The control of a rule; None where no cell is within a point of its ID validation accuracy."""
-        study, at = self.study, (rule, self.study.rounds)
-        pool = [m for m in (study.vanilla if kind == VANILLA else self.constants) if m.other == rule.other]
+        """The control of a rule; None where no cell is within a point of its ID validation accuracy, or within 15% of
+        its drift."""
+        study, at = self.study, (rule, rule.at(self.study.rounds))
+        pool = [m for m in (study.vanilla if kind in (VANILLA, DRIFT) else self.constants) if m.other == rule.like]
         if kind != NEAREST:
-            return study.equal_id(at, [(m, t) for m in pool for t in range(1, study.rounds + 1)])
+            match = study.equal_drift if kind == DRIFT else study.equal_id
+            return match(at, [(m, t) for m in pool for t in range(1, study.rounds + 1)])
         cells = [(m, study.rounds) for m in pool if m.lr == rule.lr]
         return min(cells, key=lambda c: (self._apart(at, c), c[0].mean("weights/drift", c[1])), default=None)
 
@@ -131,9 +139,9 @@ class Merges:
     def compared(self) -> list[Against]:
         """Each rule against each of its controls."""
         found = []
-        for kind in (BEST, NEAREST, VANILLA):
+        for kind in CONTROLS:
             for rule in self.rules:
-                at, control = (rule, self.study.rounds), self.control(kind, rule)
+                at, control = (rule, rule.at(self.study.rounds)), self.control(kind, rule)
                 pairs = [(at, control)] if control is not None else []
                 gaps = {g: self.study.against(pairs, g) for g in ("ID", *self.sides) if pairs}
                 found.append(Against(kind, at, control, gaps))
@@ -143,7 +151,7 @@ class Merges:
     def adjusted(self) -> dict[tuple[str, str, str], float]:
         """{(control, rule, side of OOD): p (Holm)}: corrected over all rules and sides against one control."""
         out = {}
-        for kind in (BEST, NEAREST, VANILLA):
+        for kind in CONTROLS:
             own = [(a, g) for a in self.compared if a.kind == kind and a.control for g in self.sides]
             values = holm([a.found[g].p for a, g in own])
             out |= {(kind, a.rule[0].name, g): p for (a, g), p in zip(own, values, strict=True)}
@@ -166,7 +174,7 @@ class Merges:
 
     def asked(self, method: Method) -> float:
         """The ratio that was asked for, mean over weights, rounds and units (of model stock, what its own is times)."""
-        rounds = range(1, self.study.rounds + 1)
+        rounds = range(1, method.at(self.study.rounds) + 1)
         return float(np.mean([c.rounds[t].get("merge/ratio", c.ratio) for c in method.chains.values() for t in rounds]))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -175,7 +183,8 @@ class Merges:
         for a in self.compared:
             row: dict[str, Any] = {"against": a.kind, "rule": a.rule[0].name}
             if a.control is None:
-                rows.append({**row, "control": "none within a point of ID (validation)"})
+                near = "15% of its drift" if a.kind == DRIFT else "a point of ID (validation)"
+                rows.append({**row, "control": f"none within {near}"})
                 continue
             row["control"] = f"{a.control[0].name}, round {a.control[1]}"
             for what, figure, scale, digits in (("val ID", "val/id/acc", 100, 1), ("drift", "weights/drift", 1, 4)):
@@ -190,13 +199,14 @@ class Merges:
         return rows
 
     def summary(self) -> list[dict[str, Any]]:
-        """summary.csv: a row a rule, with ID and OOD near against the best constant ratio and against vanilla."""
+        """summary.csv: a row a rule, with ID and OOD near against the best constant ratio and against vanilla, for
+        named methods at equal drift as well."""
         rows = []
         for rule in self.rules:
             row: dict[str, Any] = {"rule": self.label(rule), "ratio asked": f"{self.asked(rule):.2f}"}
             row["val ID"] = f"{100 * rule.mean('val/id/acc', self.study.rounds):.1f}"
             row["drift"] = f"{rule.mean('weights/drift', self.study.rounds):.4f}"
-            for kind in (BEST, VANILLA):
+            for kind in (BEST, VANILLA, *((DRIFT,) if any(m.named for m in self.rules) else ())):
                 (a,) = [a for a in self.compared if a.kind == kind and a.rule[0] is rule]
                 row |= {f"{g} - {kind}": a.found[g].points() if a.control else "none near" for g in self._short}
             rows.append(row)
@@ -209,7 +219,7 @@ class Merges:
     def said(self) -> list[str]:
         """What the comparisons come to, a sentence a control; then the units."""
         out = []
-        for kind in (BEST, NEAREST, VANILLA):
+        for kind in CONTROLS:
             own = [a for a in self.compared if a.kind == kind]
             have = [a for a in own if a.control]
             lines = [f"**Against {kind}**: {len(have)} of {len(own)} rules have a control."]
@@ -238,11 +248,11 @@ class Merges:
 
     def change(self, method: Method, number: int, group: str, resamples: int | None = None) -> Interval:
         """The change since the base, paired by item."""
-        now, base = ({u: c.correct[t] for u, c in method.chains.items()} for t in (number, 0))
+        now, base = ({u: c.correct[t] for u, c in method.chains.items()} for t in (method.at(number), 0))
         return interval(paired(now, base, self.study.groups[group]), resamples)
 
     def _point(self, method: Method, number: int, series: str, side: str) -> dict[str, Any]:
-        row: dict[str, Any] = {"series": series, "name": f"{method.name}, round {number}"}
+        row: dict[str, Any] = {"series": series, "name": f"{method.name}, round {method.at(number)}"}
         for axis, group in (("x", "ID"), ("y", side)):
             gap = self.change(method, number, group, None if method in self.rules else 1)
             row |= {axis: 100 * gap.value, f"low_{axis}": 100 * gap.low, f"high_{axis}": 100 * gap.high}
@@ -255,6 +265,7 @@ class Merges:
         points = []
         for m in self.rules:
             series = "policies of the linear ratio" if m.rule.startswith("linear") else "merge rules"
+            series = series if m.rule else "other methods"
             points.append(self._point(m, last, series, side) | {"label": self.label(m)})
         lines = {m.lr: "constant ratios" + (f", lr {m.lr:g}" if len(rates) > 1 else "") for m in self.rules}
         curves, dust = [], []
@@ -267,6 +278,7 @@ class Merges:
                 curves.append(self._point(m, last, series, side) | {"at": at, "label": said, "shown": not m.vanilla})
         greens = dict(zip(lines.values(), (charts.GREEN, charts.SKY, charts.PURPLE, charts.ORANGE), strict=False))
         colours = {"merge rules": charts.BLUE, "policies of the linear ratio": charts.VERMILLION, **greens}
+        colours = {"other methods": charts.PURPLE if len(rates) < 3 else "#9A7B00", **colours}
         colours |= {"vanilla, by learning rate": charts.GREY}
         colours = {k: v for k, v in colours.items() if k in {row["series"] for row in (*points, *curves)}}
         panel = charts.named(

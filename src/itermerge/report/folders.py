@@ -184,6 +184,16 @@ class Job:
         return is_vanilla(self.config)
 
     @property
+    def name(self) -> str:
+        """The setting's name, where the jobs of its sweep have names."""
+        return str(self.keys.get("label") or "")
+
+    @property
+    def control(self) -> bool:
+        """Vanilla, and not under the name of another method."""
+        return self.vanilla and self.name in ("", "vanilla")
+
+    @property
     def rule(self) -> str:
         return rule_of(self.config)
 
@@ -209,7 +219,9 @@ def label(keys: Mapping[str, Any], exact: bool = False) -> str:
     """Keys as one line, without those that have no value, numbers to four digits unless `exact`."""
     short = {k: f"{v:.4g}" if isinstance(v, float) and len(repr(v)) > 7 else v for k, v in keys.items()}
     said = {k: v for k, v in (keys if exact else short).items() if keys[k] is not None}
-    return " ".join(f"{k.removeprefix('merge.').removeprefix('sft.')}={v}" for k, v in said.items()) or "run"
+    named = [str(said.pop("label"))] if said.get("label") else []
+    others = [f"{k.removeprefix('merge.').removeprefix('sft.')}={v}" for k, v in said.items() if k != "label"]
+    return " ".join([*named, *others]) or "run"
 
 
 def groups(jobs: Sequence[Job], without: Sequence[str] = ()) -> dict[str, list[Job]]:
@@ -241,11 +253,13 @@ def read_sweep(folder: Path) -> list[Job]:
     varied = [k for k in varied if not (k.startswith("merge.") and k not in MERGES and _follows(k, configs))]
     if "merge.ratio" in varied and any("merge.ratio" in c for c in configs):
         varied = [k for k in varied if k in MERGES or not k.startswith("merge.") or all(k in c for c in configs)]
+    if "label" in varied:  # a name stands for what follows from it
+        varied = ["label", *(k for k in varied if k != "label" and not _has_one_value(k, configs, ["label"]))]
     jobs = []
     for d, c, summary, rounds in read:
         best = min(max(int(number(summary, "best_round_by_validation") or 0), 0), len(rounds) - 1)
         jobs.append(Job(d, c["seed"], {k: c.get(k) for k in varied}, c, rounds, summary["stages"], best))
-    twins = {_without_merge(j): j for j in jobs if j.vanilla}
+    twins = {_without_merge(j): j for j in jobs if j.control}
     return [replace(j, retention=retention(j, twins.get(_without_merge(j)))) for j in jobs]
 
 
@@ -253,9 +267,14 @@ def _follows(key: str, configs: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a key of the merge has one value for each rule and policy, or is the run's seed."""
     if key == "merge.seed" and all(c.get(key) in (None, c.get("seed")) for c in configs):
         return True
+    return _has_one_value(key, configs, ["merge.kind", "merge.policy.kind"])
+
+
+def _has_one_value(key: str, configs: Sequence[Mapping[str, Any]], by: Sequence[str]) -> bool:
+    """Whether `key` has one value for each of the several values of the keys `by`."""
     values: dict[str, set[str]] = {}
     for c in configs:
-        values.setdefault(str([c.get("merge.kind"), c.get("merge.policy.kind")]), set()).add(str(c.get(key)))
+        values.setdefault(str([c.get(k) for k in by]), set()).add(str(c.get(key)))
     return len(values) > 1 and all(len(v) == 1 for v in values.values())
 
 
@@ -308,7 +327,7 @@ def settings(jobs: Sequence[Job], most: int = 6) -> list[Setting]:
     for name, group in by_name.items():
         rest = rests[name] if split else ""
         short = " ".join(w for w in name.split(" ") if w not in rest.split(" ")) or rest
-        known = " (vanilla)" * all(j.vanilla for j in group)
+        known = " (vanilla)" * all(j.control and not j.name for j in group)
         out.append(Setting(name + known, short + known, rest, group))
     return out
 
@@ -333,7 +352,7 @@ def by_ratio(jobs: Sequence[Job]) -> dict[str, dict[float, list[Job]]]:
 def vanillas(jobs: Sequence[Job]) -> dict[Path, Job]:
     """For each job that has one, by its folder: the longest vanilla run with the same seed and everything but the merge
     and the number of rounds."""
-    chains = {_without_merge(j, "rounds"): j for j in sorted(jobs, key=lambda j: len(j.rounds)) if j.vanilla}
+    chains = {_without_merge(j, "rounds"): j for j in sorted(jobs, key=lambda j: len(j.rounds)) if j.control}
     return {j.folder: chains[key] for j in jobs if (key := _without_merge(j, "rounds")) in chains}
 
 
@@ -352,7 +371,7 @@ def change_of(job: Job, metric: str, t: int) -> float | None:
 
 
 def _without_merge(job: Job, *others: str) -> str:
-    kept = {k: v for k, v in job.config.items() if not k.startswith("merge.") and k not in others}
+    kept = {k: v for k, v in job.config.items() if not k.startswith("merge.") and k not in ("label", *others)}
     return json.dumps(kept, sort_keys=True)
 
 

@@ -21,6 +21,7 @@ from .folders import (
     in_order,
     job_row,
     label,
+    longest,
     mean_change,
     mean_interval,
     number,
@@ -48,6 +49,7 @@ def page(folder: Path, jobs: Sequence[Job]) -> Page:
     notes = [Note(b, warn=True) for b in facts.broken]
     if jobs:
         sections = [
+            *([Section("methods", "Methods against vanilla", named)] if (named := named_blocks(jobs)) else []),
             Section("heatmaps", "Ratio and rounds", [*ratio_blocks(jobs), *vanilla_blocks(jobs)]),
             Section("tradeoff", "In domain against out of domain", pareto_blocks(chosen)),
             Section("curves", "Over rounds", curve_blocks(chosen)),
@@ -126,7 +128,7 @@ def tiles(jobs: Sequence[Job], chosen: Sequence[Setting], states: Sequence[State
 
 def colours_of(chosen: Sequence[Setting]) -> dict[str, str]:
     """A colour for each short label: ratios in order of a ramp, vanilla grey."""
-    vanilla = {s.short: all(j.vanilla for t in chosen if t.short == s.short for j in t.jobs) for s in chosen}
+    vanilla = {s.short: all(j.control for t in chosen if t.short == s.short for j in t.jobs) for s in chosen}
     others = [short for short, is_vanilla in vanilla.items() if not is_vanilla]
     ordered = all(re.fullmatch(r"ratio=[\d.e+-]+", short) for short in others)
     if ordered:
@@ -288,6 +290,56 @@ def against_vanilla(
         return fmean(found) if found else None
 
     return heat_cells(cells, difference)
+
+
+NAMED = {"id/acc": "ID", "ood/near/acc": "OOD near", "ood/far/acc": "OOD far"}
+
+
+def named_blocks(jobs: Sequence[Job]) -> list[Block]:
+    """Named settings: their final accuracies, and the difference to vanilla of the same seed and other keys, with a 95%
+    interval over those (Student's t). Nothing where no setting has a name."""
+    if not any(j.name for j in jobs):
+        return []
+    chains = longest(jobs)
+    controls = {_unit(j): j for j in chains if j.control}
+    rows: list[list[Cell]] = []
+    points: dict[str, list[dict[str, Any]]] = {title: [] for title in NAMED.values()}
+    for name in dict.fromkeys(j.name or "no name" for j in chains):
+        own = [j for j in chains if (j.name or "no name") == name]
+        row = [Cell(name, name), Cell(str(len(own)), float(len(own)))]
+        for metric, title in NAMED.items():
+            ends = [100 * v for j in own if (v := number(j.rounds[-1], metric)) is not None]
+            row.append(_cell(title, round(fmean(ends), 2) if ends else None))
+            pairs = [(number(j.rounds[-1], metric), _final(controls.get(_unit(j)), metric)) for j in own]
+            gaps = [100 * (a - b) for a, b in pairs if a is not None and b is not None]
+            if not gaps or all(j.control for j in own):
+                row.append(Cell("", float("-inf")))
+                continue
+            mean, half = mean_interval(gaps)
+            row.append(Cell(signed(mean) + (f" ± {half:.1f}" if len(gaps) > 1 else ""), mean))
+            ends_ = {"low": mean - half, "high": mean + half} if len(gaps) > 1 else {"low": mean, "high": mean}
+            points[title].append({"name": name, "series": title, "value": mean, **ends_})
+        rows.append(row)
+    columns = ["method", "chains", *(c for title in NAMED.values() for c in (f"{title} (%)", f"{title} - vanilla"))]
+    colours = {"ID": charts.ID, "OOD near": charts.NEAR, "OOD far": charts.FAR}
+    panels = [
+        charts.dots(f"{title}, minus vanilla", found, colours, x="points", form=".1f", rule=0.0)
+        for title, found in points.items() if found
+    ]  # fmt: skip
+    caption = (
+        "at the end; paired by seed and what else is swept; bars: 95% (Student's t), not corrected for their number"
+    )
+    drawn: list[Block] = [Charts(Figure("methods", panels, columns=3, caption=caption))] if panels else []
+    none = Note("no finished job is vanilla (label=vanilla, or without a name) beside these: no differences")
+    return [*(drawn or [none]), Table(columns, rows)]
+
+
+def _unit(job: Job) -> str:
+    return label({**{k: v for k, v in job.keys.items() if k not in ("label", "rounds")}, "seed": job.seed}, exact=True)
+
+
+def _final(job: Job | None, metric: str) -> float | None:
+    return None if job is None else number(job.rounds[-1], metric)
 
 
 def pareto_blocks(chosen: Sequence[Setting]) -> list[Block]:
