@@ -32,11 +32,11 @@ class CheckedSweeper(BasicSweeper):
     def __init__(
         self, max_batch_size: int | None, params: dict[str, Any] | None, cases: Mapping[str, Sequence[str]] | None
     ) -> None:
-        # null takes a key of an experiment that this one builds on out of the grid
+        # null takes out what an experiment put in: a key of the grid, a case
         super().__init__(
             max_batch_size=max_batch_size, params={k: v for k, v in (params or {}).items() if v is not None}
         )
-        self.cases = cases or {}
+        self.cases = {k: v for k, v in (cases or {}).items() if v is not None}
 
     def sweep(self, arguments: list[str]) -> None:
         try:
