@@ -23,6 +23,8 @@ EXPERIMENTS = sorted(
 )
 NEEDS = {  # members that are not whole without a value of the user's, or go with another one
     ("model", "hf"): ["model.path=/somewhere"],
+    ("teacher", "hf"): ["teacher.path=/somewhere"],
+    ("teacher", "file"): ["teacher.path=/somewhere.jsonl"],
     ("merge/policy", "angle"): ["merge.every_n_epochs=last"],
     ("merge/policy", "search"): ["merge.every_n_epochs=last"],
 }
@@ -37,7 +39,7 @@ def test_default_config() -> None:
 
 
 def test_all_groups_are_found() -> None:
-    assert set(GROUPS) == set(KINDS) | {"suite", "launch"}
+    assert set(GROUPS) == set(KINDS) | {"suite", "launch", "baseline"}
     assert len(MEMBERS) > 10
     assert "quickstart" in EXPERIMENTS
 
@@ -47,7 +49,7 @@ def test_every_member_passes(group: str, member: str) -> None:
     root = check(compose_config(f"{group}={member}", *NEEDS.get((group, member), [])))
     if group == "merge/policy":
         assert root.merge.policy.kind == member
-    elif group not in ("suite", "launch"):
+    elif group not in ("suite", "launch", "baseline"):
         kinds = KINDS[group]
         assert type(getattr(root, group)) is kinds.get(getattr(root, group).kind, kinds.get("*"))
 
@@ -175,7 +177,7 @@ BAD = [
     (["suite.far=[{kind: lab, family: mod}]"], r"^task, suite\.near, suite\.far: mod stands there more than once"),
     (["suite.near=[]", "suite.far=[]"], r"^suite\.near, suite\.far: at least one OOD task is needed"),
     # a key of another member of the group
-    (["merge=none", "+merge.ratio=0.5"], r"^merge\.ratio: there is no such key"),
+    (["merge=none", "+merge.ratio=0.5"], r"^merge\.ratio: merge=none has no keys"),
     (["store=none", "+store.dir=x"], r"^store\.dir: there is no such key"),
 ]  # fmt: skip
 
