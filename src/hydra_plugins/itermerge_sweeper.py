@@ -72,7 +72,7 @@ class CheckedSweeper(BasicSweeper):
         parsed = parser.parse_overrides([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
         grid = self.split_arguments(parsed, None)[0]
         for name, own in self.cases.items():
-            if not re.fullmatch(r"[\w.-]+", str(name)) or not isinstance(own, Sequence) or isinstance(own, str):
+            if not re.fullmatch(r"[\w-]+", str(name)) or not isinstance(own, Sequence) or isinstance(own, str):
                 raise ConfigError(f"hydra.sweeper.cases.{name}: expected a name and a list of overrides, got {own!r}")
         return [[f"label={name}", *map(str, own), *job] for name, own in self.cases.items() for job in grid] or grid
 
