@@ -17,12 +17,12 @@ import pytest
 from conftest import compose_config, run_here
 from hypothesis import given
 from hypothesis import strategies as st
+from itermerge.tasks.words import PART_UP_TO, SHOTS, WordTask, numbers, part_of, read_answer, value
 
 from itermerge import wordproblems
 from itermerge.config import ConfigError, check
 from itermerge.packaged import PackagedError
 from itermerge.tasks import Problem, TaskError, check_disjoint, check_gold
-from itermerge.tasks.words import PART_UP_TO, SHOTS, WordTask, numbers, part_of, read_answer, value
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> str:
