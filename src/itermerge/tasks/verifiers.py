@@ -23,6 +23,7 @@ from . import Verdict, latex
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LONGEST = 300  # characters of an answer in LaTeX; longer ones are no answers
+DEEPEST = 12  # brackets within brackets in one; parsing takes time exponential in it
 # What stands together as a number, right or not; a minus after a digit or a bracket is an operator.
 _RUN = re.compile(r"(?:(?<![0-9)}])[-\u2212])?[$€£]?\.?[0-9](?:[0-9.,/:]*[0-9])?(?:[eE][-+]?[0-9]+)?")
 _PLAIN = re.compile(r"-?(?:(?:[0-9]{1,3}(?:,[0-9]{3}){1,9}|[0-9]{1,30})(?:\.[0-9]{1,30})?|\.[0-9]{1,30})")
@@ -225,9 +226,20 @@ def _read_math(text: str, _choices: Mapping[str, str]) -> str | None:
     formula = None if last is None else last[1] or last[2]
     for place in (boxed(text), said, None if hashes is None else hashes.strip().split("\n", 1)[0], formula):
         if place is not None and (found := _unframed(place)):
-            return found if len(found) <= LONGEST else None
+            return found if _is_sane(found) else None
     found = [m.group().rstrip(".,:/") for m in _RUN.finditer(text)]
     return found[-1] if found and len(found[-1]) <= LONGEST else None
+
+
+def _is_sane(latex_: str) -> bool:
+    """Whether LaTeX is short, not nested too deeply, and closes its braces."""
+    depths = [0, 0]
+    for character in latex_.replace(r"\{", "").replace(r"\}", ""):
+        for i, (opened, closed) in enumerate((("{", "}"), ("([{", ")]}"))):
+            depths[i] += (character in opened) - (character in closed)
+        if depths[0] < 0 or depths[1] > DEEPEST:
+            return False
+    return len(latex_) <= LONGEST and depths[0] == 0
 
 
 def _sentence(text: str) -> str:
@@ -275,7 +287,7 @@ def read_gold(kind: str, field: Any, choices: Sequence[str] = (), labels: Sequen
 
 _EXPECTED = {
     "numeric": "one number (or one after ####, or boxed)", "choice": "a letter, a label or a choice's text",
-    "math": f"LaTeX of at most {LONGEST} characters (or boxed, or after ####)", "boolean": "yes, no, true or false",
+    "math": f"LaTeX of at most {LONGEST} characters, braces closed (or boxed, or after ####)", "boolean": "yes, no, true or false",
     "exact": "a text",
 }  # fmt: skip
 
@@ -305,7 +317,7 @@ def _gold_choice(text: str, choices: Sequence[str], labels: Sequence[str]) -> st
 def _gold_math(text: str, _: Sequence[str], __: Sequence[str]) -> str | None:
     hashes, box = after(_HASHES, text), boxed(text)
     found = _unframed(box if box is not None else hashes if hashes is not None else text)
-    return found if 0 < len(found) <= LONGEST else None
+    return found if found and _is_sane(found) else None
 
 
 def _gold_boolean(text: str, _: Sequence[str], __: Sequence[str]) -> str | None:
