@@ -1,6 +1,6 @@
 """Seconds that every verifier needs for 10,000 hostile texts, and what it says of them.
 
-    python benchmarks/verifiers.py [N]
+python benchmarks/verifiers.py [N]
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from hostile import GOLD, corpus  # noqa: E402
+from hostile import GOLD, corpus
 
-from itermerge.tasks import verifiers  # noqa: E402
+from itermerge.tasks import verifiers
 
 
 def main() -> None:

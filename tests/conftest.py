@@ -99,7 +99,7 @@ def compose_analyze(*overrides: str) -> Any:
 
 
 def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
-    """One small run in this process, without Hydra's job around it; its summary. Another task=... replaces the lab's."""
+    """One small run in this process, without Hydra's job around it; its summary. task=... replaces the lab's."""
     from itermerge import cli, loop
     from itermerge.config import check
 

@@ -204,10 +204,10 @@ def _read_boolean(text: str, _choices: Mapping[str, str]) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Compatible characters as one, in lower case, single blanks, without quotes and stars around it and a full stop
+    """Compatible characters as one, in lower case, single blanks, without quotes and stars around it and full stops
     behind."""
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return text.strip("*\"'` ").removesuffix(".").strip("*\"'` ")
+    return text.strip("*\"'` ").rstrip(".").strip("*\"'` ")
 
 
 def _read_exact(text: str, _choices: Mapping[str, str]) -> str | None:
@@ -287,8 +287,8 @@ def read_gold(kind: str, field: Any, choices: Sequence[str] = (), labels: Sequen
 
 _EXPECTED = {
     "numeric": "one number (or one after ####, or boxed)", "choice": "a letter, a label or a choice's text",
-    "math": f"LaTeX of at most {LONGEST} characters, braces closed (or boxed, or after ####)", "boolean": "yes, no, true or false",
-    "exact": "a text",
+    "math": f"LaTeX of at most {LONGEST} characters, braces closed (or boxed, or after ####)",
+    "boolean": "yes, no, true or false", "exact": "a text",
 }  # fmt: skip
 
 
