@@ -1,207 +1,41 @@
-"""Word problems: files, prompts, parts and verdicts; what `make wordproblems` makes of the packages' records."""
+"""What `make wordproblems` makes of the packages' records, and that the tasks which read it do."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import json
-import re
 import subprocess
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import compose_config, run_here
-from hypothesis import given
-from hypothesis import strategies as st
-from itermerge.tasks.words import PART_UP_TO, SHOTS, WordTask, numbers, part_of, read_answer, value
+from conftest import compose_config
 
 from itermerge import wordproblems
-from itermerge.config import ConfigError, check
+from itermerge.config import check
 from itermerge.packaged import PackagedError
-from itermerge.tasks import Problem, TaskError, check_disjoint, check_gold
+from itermerge.stages import build_task
+from itermerge.tasks import check_gold
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    """300 problems; each fourth answer has a decimal part."""
-    rows = [{"question": f"How much is {i} and {i / 4}?", "answer": f"{i + i / 4:g}"} for i in range(300)]
-    return _write(tmp_path / "sums.jsonl", rows)
-
-
-def test_prompt_is_worked_examples_and_the_question(file: str) -> None:
-    task = WordTask(file, "sums", shots=2, train_shots=0)
-    (p,) = task.problems("test", 1, 0)
-    (q0, a0), (q1, a1) = SHOTS[:2]
-    assert p.prompt == (f"Question: {q0}\nAnswer: {a0}\n\nQuestion: {q1}\nAnswer: {a1}\n\nQuestion: {p.text}\nAnswer:")
-    assert p.train_prompt == f"Question: {p.text}\nAnswer:"
-    assert p.gold == f" The answer is {p.answer}."
-    assert task.stop == ("\n",)
-
-
-def test_each_worked_example_gives_its_own_answer_and_is_right() -> None:
-    """Every `a op b = c` that an example says is true, and its last number is what it computes."""
-    for _, solution in SHOTS:
-        sums = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", solution)
-        assert sums
-        for a, op, b, c in sums:
-            x, y = int(a), int(b)
-            assert {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[op] == int(c)
-        assert read_answer(solution) == sums[-1][-1]
-
-
-def test_parts_are_disjoint_and_do_not_depend_on_the_seed(file: str) -> None:
-    task = WordTask(file, "sums")
-    splits: dict[str, list[Problem]] = {
-        s: [p for seed in range(3) for p in task.problems(s, 30, seed)]  # type: ignore[arg-type]
-        for s in PART_UP_TO.values()
-    }
-    check_disjoint("sums", splits)
-    for split, problems in splits.items():
-        assert {part_of(p.text) for p in problems} == {split}
-        check_gold(task, problems)
-    a, b = (WordTask(file, "sums").problems("train", 30, seed) for seed in (1, 1))
-    assert a == b != task.problems("train", 30, 2)
-
-
-def test_a_file_of_test_items_gives_them_all_and_nothing_to_train_on(file: str) -> None:
-    task = WordTask(file, "sums", holds="test")
-    assert len({p.text for p in task.problems("test", 300, 0)}) == 300
-    with pytest.raises(TaskError, match=r"'sums': 1 train problems were asked for, .*sums\.jsonl has 0"):
-        task.problems("train", 1, 0)
-
-
-@pytest.mark.parametrize(
-    ("text", "read"),
-    [
-        (" There are 7 + 2 = 9 apples. The answer is 9.", "9"),
-        ("The answer is 4. No, the answer is 1,234.50 dollars", "1,234.50"),
-        (" 9-4=5", "5"),
-        ("so the Answer is -3", "-3"),
-        ("the answer is unknown, 12 perhaps", "12"),
-        ("12 of them; the answer is unknown", "12"),
-        ("no number", None),
-        ("", None),
-        ("٣ is not read", None),  # a digit, but not one of ours
-        ("the answer is .5.", ".5"),
-        ("the answer is -$3", "-3"),
-        ("the answer is \u22123", "-3"),
-        ("the answer is $18.", "18"),
-        ("the answer is 20%", "20"),
-        ("the answer is 5cm", "5"),
-        ("3.333...", "3.333"),
-        # what is not one plain number is no answer, and neither is a part of it
-        ("4 of them, the answer is 1/2", None),
-        ("the answer is 12e3", None),
-        ("1e999999999", None),
-        ("the answer is 10:30", None),
-        ("the answer is 1,2", None),
-        ("9" * 40, None),
-        ("3." + "3" * 40, None),
-    ],
-)
-def test_reading_an_answer(text: str, read: str | None) -> None:
-    assert read_answer(text) == read
-
-
-@pytest.mark.parametrize(
-    ("answer", "completion", "finished", "reason"),
-    [
-        ("3.4", "The answer is 3", True, "wrong"),
-        ("3", "The answer is 3.4", True, "wrong"),
-        ("3", "The answer is 3.0.", True, "correct"),
-        ("1234", "The answer is 1,234", True, "correct"),
-        ("3", "The answer is 3", False, "truncated"),
-        ("3", "I do not know", True, "unparseable"),
-        ("-3", "The answer is 3", True, "wrong"),
-    ],
-)
-def test_verdicts(file: str, answer: str, completion: str, finished: bool, reason: str) -> None:
-    problem = Problem("x", "q", "q", "q", "", answer)
-    assert WordTask(file, "sums").verify(problem, completion, finished).reason == reason
-
-
-def test_one_answer_has_one_spelling(file: str) -> None:
-    """So that votes for it are counted together."""
-    problem = Problem("x", "q", "q", "q", "", "7")
-    texts = ("The answer is 1,000.", "The answer is 1000.0", "the answer is $1000")
-    assert {WordTask(file, "sums").verify(problem, text, True).answer for text in texts} == {"1000"}
-    assert WordTask(file, "sums").verify(problem, "The answer is 0.50", True).answer == "0.5"
-
-
-@given(st.decimals(-(10**9), 10**9, allow_nan=False, places=3), st.text(alphabet="abc =+*/\n.", max_size=30))
-def test_a_gold_number_is_read_back_whatever_stands_before_it(number: Any, noise: str) -> None:
-    read = read_answer(f"{noise} The answer is {number}.")
-    assert read is not None
-    assert value(read) == number
-    grouped = f"{number:,}"
-    assert [value(n) for n in numbers(f"x {grouped} y") if n] == [number]
-
-
-@given(st.text(max_size=300))
-def test_any_text_has_a_verdict(text: str) -> None:
-    found = read_answer(text)
-    assert found is None or value(found) == value(found)
-
-
-@pytest.mark.parametrize(
-    ("lines", "said"),
-    [
-        (['{"question": "a"}'], r"line 1: expected \{\"question\""),
-        (['{"question": "a", "answer": "1"}', "not json"], "line 2: expected"),
-        (['{"question": "a", "answer": "1 apple"}'], "line 1: the answer '1 apple' is not one number"),
-        (['{"question": "a", "answer": "1"}', '{"question": "a ", "answer": "2"}'], "line 2: .* has another answer"),
-        (["", " "], "is empty"),
-        (['{"question": "a", "answer": "1"}', "", '{"question": "\u00e9'], "line 3: expected"),
-    ],
-)
-def test_a_bad_file_is_named_with_its_line(tmp_path: Path, lines: list[str], said: str) -> None:
-    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
-    with pytest.raises(TaskError, match=said):
-        WordTask(str(tmp_path / "bad.jsonl"), "bad")
-
-
-def test_other_line_separators_and_encodings(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"question": "one\u2028two\x85three", "answer": "1"}\n\n', encoding="utf-8")
-    (p,) = WordTask(str(tmp_path / "a.jsonl"), "a", holds="test").problems("test", 1, 0)
-    assert p.text == "one two three"
-    (tmp_path / "b.jsonl").write_bytes('{"question": "caf\u00e9", "answer": "1"}\n'.encode("latin-1"))
-    with pytest.raises(TaskError, match="line 1: expected"):
-        WordTask(str(tmp_path / "b.jsonl"), "b")
-
-
-def test_a_missing_file_and_too_many_shots_are_said(tmp_path: Path, file: str) -> None:
-    with pytest.raises(TaskError, match=r"is not there; .*make wordproblems"):
-        WordTask(str(tmp_path / "none.jsonl"), "none")
-    with pytest.raises(TaskError, match="shots is 7; there are 6 worked examples"):
-        WordTask(file, "sums", shots=7)
-
-
-def test_test_items_alone_cannot_be_practised_on() -> None:
-    with pytest.raises(ConfigError, match=r"task\.holds: a file of test items alone"):
-        check(compose_config("task=asdiv", "task.holds=test"))
-
-
-def test_a_run_on_word_problems(tmp_path: Path) -> None:
-    """The whole loop on a file of the lab's own questions, its prompts without worked examples."""
-    from itermerge.tasks.lab import draw
-
-    rows = [{"question": w.text, "answer": w.answer} for w in draw("find", "pretrain", 200)]
-    words = f"{{kind: words, file: {_write(tmp_path / 'find.jsonl', rows)}, label: find, holds: test, shots: 0}}"
-    summary = run_here(
-        tmp_path / "run", f"suite.near=[{words}]", "rounds=1", f"store.dir={tmp_path / 'store'}", "task.family=pair"
-    )
-    assert "ood/find/acc" in summary["final"]
-    scores = json.loads((tmp_path / "run" / "rounds" / "00" / "scores.json").read_text())
-    assert scores["find"]["n"] == 8
+def test_the_tasks_that_read_these_files(tmp_path: Path) -> None:
+    """asdiv is cut into parts, GSM8K's test set is one."""
+    for name in ("asdiv", "gsm8k_test"):
+        rows = [{"question": f"How much is {i} and {i / 4}?", "answer": f"{i + i / 4:g}"} for i in range(300)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    cfg = check(compose_config("task=asdiv", "suite=asdiv", f"paths.data={tmp_path}"))
+    own, (gsm8k,) = build_task(cfg.task), map(build_task, cfg.suite.near)
+    assert own.stop == gsm8k.stop == ("\n",)
+    assert (own.name, gsm8k.name) == ("asdiv", "gsm8k")
+    assert len(gsm8k.problems("test", 300, 0)) == 300
+    for problems in (own.problems("train", 100, 0), own.problems("validation", 30, 0), own.problems("test", 50, 0)):
+        check_gold(own, problems)
+        assert problems[0].prompt.count("Question: ") == 7
+        assert problems[0].train_prompt == f"Question: {problems[0].text}\nAnswer:"
+        assert problems[0].gold == f" The answer is {problems[0].answer}."
 
 
 # --- files from packages -------------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ class HubTask:
         unread = count["answer cannot be read"]
         if unread and unread >= len(found):
             raise self._error(f"{example} ({unread} such rows); look at task.answer and task.verifier={self.verifier}")
-        said = ", ".join(f"{n} {why}" for why, n in sorted(count.items()))
+        said = ", ".join(f"{why} ({n})" for why, n in sorted(count.items()))
         if said:
             _say_once(f"task {self.name!r}, split {split}: left out: {said}{f'; {example}' if example else ''}")
         return tuple(item for item in found.values() if item is not None)
