@@ -23,6 +23,8 @@ EXPERIMENTS = sorted(
 )
 NEEDS = {  # members that are not whole without a value of the user's, or go with another one
     ("model", "hf"): ["model.path=/somewhere"],
+    ("task", "hub"): ["task.path=a/b", "task.question=q", "task.answer=a", "task.verifier=numeric"],
+    ("task", "math500"): ["task.splits={train: test, validation: test}"],  # for suites: it has a test split alone
     ("merge/policy", "angle"): ["merge.every_n_epochs=last"],
     ("merge/policy", "search"): ["merge.every_n_epochs=last"],
 }

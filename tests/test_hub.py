@@ -569,7 +569,7 @@ def test_a_run_leaves_contaminated_problems_out_and_finds_others(
     own = write(tmp_path / "find.jsonl", rows)
     words = [
         "task=gsm8k", f"task.path={own}", "task.name=null", "task.splits.test=train", "task.shares=[60,15,25]",
-        "task.shots=0", "task.prompt='{question}'", "task.label=find", "task.n_train=16", "task.n_validation=8",
+        "task.shots=0", "task.prompt='{question}'", "task.label=own", "task.n_train=16", "task.n_validation=8",
         "task.decontaminate=3", "suite.pass_k_n=4", "rounds=1", f"store.dir={tmp_path / 'store'}",
     ]  # fmt: skip
     alone = build_task(check(compose_config(*words)).task).problems("train", 40, 0, "fixed")
@@ -583,7 +583,8 @@ def test_a_run_leaves_contaminated_problems_out_and_finds_others(
     )
     with caplog.at_level(logging.INFO):
         summary = run_here(tmp_path / "run", *words, near, "suite.n=8")
-    samples = [json.loads(line) for line in (tmp_path / "run" / "rounds" / "01" / "samples.jsonl").open()]
+    text = (tmp_path / "run" / "rounds" / "01" / "samples.jsonl").read_text()
+    samples = [json.loads(line) for line in text.splitlines()]
     practised = {s["prompt"] for s in samples}
     assert practised.isdisjoint({p.text for p in alone[:16:2]})
     assert practised >= {p.text for p in alone[1:16:2]}
