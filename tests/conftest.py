@@ -99,11 +99,13 @@ def compose_analyze(*overrides: str) -> Any:
 
 
 def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
-    """One small run in this process, without Hydra's job around it; its summary."""
+    """One small run in this process, without Hydra's job around it; its summary. task=... replaces the lab's."""
     from itermerge import cli, loop
     from itermerge.config import check
 
-    cfg = check(compose_config(*SMALL, *overrides))
+    other = any(word.startswith("task=") for word in overrides)
+    small = [word for word in SMALL if not (other and word.startswith("task.family="))]
+    cfg = check(compose_config(*small, *overrides))
     folder.mkdir(parents=True, exist_ok=True)
     cli.claim(folder, cfg)
     summary = loop.run(cfg, folder, cli.make_tracker(cfg, folder))

@@ -25,6 +25,8 @@ NEEDS = {  # members that are not whole without a value of the user's, or go wit
     ("model", "hf"): ["model.path=/somewhere"],
     ("teacher", "hf"): ["teacher.path=/somewhere"],
     ("teacher", "file"): ["teacher.path=/somewhere.jsonl"],
+    ("task", "hub"): ["task.path=a/b", "task.question=q", "task.answer=a", "task.verifier=numeric"],
+    ("task", "math500"): ["task.splits={train: test, validation: test}"],  # for suites: it has a test split alone
     ("merge/policy", "angle"): ["merge.every_n_epochs=last"],
     ("merge/policy", "search"): ["merge.every_n_epochs=last"],
 }

@@ -23,7 +23,7 @@ from .analysis.mismatch import mismatch
 from .config import Analyze, ConfigError, label
 from .policy import Policy
 from .sft import Example
-from .tasks import check_gold, derive_seed
+from .tasks import Problem, check_gold, derive_seed, verify_all
 from .tracking import console, progress
 from .weights import Checkpoint, comparable, resolve
 
@@ -110,12 +110,16 @@ def _own_solutions(cfg: Analyze, policy: Policy) -> list[dict[str, str]]:
             top_p=sampler.top_p, max_new_tokens=sampler.max_new_tokens, batch_size=sampler.batch_size,
             on_progress=tick,
         )  # fmt: skip
+    flat = [(p, c) for p, completions in zip(problems, made, strict=True) for c in completions]
+    verdicts = verify_all(task, [(p, c.text, c.finished) for p, c in flat])
+    solved: dict[str, dict[str, Problem]] = {}  # the different correct ones of each problem
+    for (p, c), verdict in zip(flat, verdicts, strict=True):
+        if verdict.correct:
+            solved.setdefault(p.id, {}).setdefault(c.text, p)
     return [
-        {"id": p.id, "prompt": p.prompt, "completion": text}
-        for p, completions in zip(problems, made, strict=True)
-        for text in [*dict.fromkeys(c.text for c in completions if task.verify(p, c.text, c.finished).correct)][
-            : cfg.task.max_solutions
-        ]
+        {"id": id_, "prompt": p.prompt, "completion": text}
+        for id_, texts in solved.items()
+        for text, p in [*texts.items()][: cfg.task.max_solutions]
     ]
 
 

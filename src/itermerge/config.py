@@ -19,6 +19,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from .analysis import ESTIMATORS
+from .tasks import prompts
+from .tasks.verifiers import VERIFIERS
 
 # The parts of merge rules (merging.law), and the parameters that each has.
 SPARSIFY: Mapping[str, tuple[str, ...]] = {
@@ -93,15 +95,40 @@ class TaskGym:
 
 
 @dataclass
-class TaskWords:
-    """Word problems of a JSON-lines file; `holds` says whether its questions are split by a hash, or all test items."""
+class Splits:
+    """The data set's split of each part; parts that name the same one share it. null: there is no such part."""
 
-    kind: str = "words"
-    file: str = MISSING
-    label: str = MISSING
-    holds: str = field(default="all", metadata={"among": ("all", "test")})
-    shots: int = knob(ge=0)  # worked examples before a question; six are there
-    train_shots: int = field(default=0, metadata={"ge": 0})
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+
+
+@dataclass
+class TaskHub:
+    """Rows of a repository of the Hugging Face hub, of a folder of that shape, or of one file (`tasks.hub`)."""
+
+    kind: str = "hub"
+    path: str = MISSING  # owner/name, a folder, or a .jsonl, .json, .csv or .parquet file
+    name: Any = None  # the repository's config, or a list of them, joined; null: its only or default one
+    revision: str | None = None  # of the hub
+    splits: Splits = field(default_factory=Splits)
+    shares: list[int] = field(default_factory=lambda: [60, 15, 25])  # of train, validation, test in a split they share
+    question: str = MISSING  # a column, or a template as "{Body} {Question}"
+    answer: str = MISSING  # a column; dots for what is nested
+    choices: str | None = None  # a column: a list of texts, or {text: [...], label: [...]}
+    solution: str | None = None  # a column with a worked solution, or a template
+    where: dict[str, Any] = field(default_factory=dict)  # {column: value, or a list of them}: the rows that are kept
+    verifier: str = knob(among=VERIFIERS)
+    prompt: str = "qa"  # qa, alpaca, chat, or a text with {question} ({shots}, {instruction})
+    train_prompt: str | None = None  # null: as prompt
+    eval_prompt: str | None = None  # null: as prompt
+    instruction: str = ""  # a paragraph before everything, or the system message
+    shots: int = field(default=0, metadata={"ge": 0})  # worked examples before the question when sampling
+    train_shots: int = field(default=0, metadata={"ge": 0})  # when fine-tuning
+    eval_shots: int | None = field(default=None, metadata={"ge": 0})  # when evaluating; null: as when sampling
+    shots_file: str | None = None  # word_problems, math, choice, boolean, or a file of {"question", "solution"} lines
+    stop: list[str] | None = None  # strings that end a completion; null: the prompt's own
+    label: str = ""  # in metrics; default: the last part of path
 
 
 @dataclass
@@ -113,6 +140,8 @@ class _Practice:
     problems: str = knob(among=("fixed", "fresh"))  # the same each round, or drawn anew
     max_solutions: int | None = field(default=MISSING, metadata={"ge": 1})  # kept a problem
     labels: str = knob(among=("gold", "majority"))  # what a solution is right by: the gold answer, or most samples'
+    # Training problems that share so many words in a row with an evaluated one are left out; null: none are.
+    decontaminate: int | None = field(default=MISSING, metadata={"ge": 1})
 
 
 @dataclass
@@ -126,13 +155,16 @@ class PracticeGym(_Practice, TaskGym):
 
 
 @dataclass
-class PracticeWords(_Practice, TaskWords):
+class PracticeHub(_Practice, TaskHub):
     pass
 
 
 @dataclass
 class Suite:
-    """Evaluation: `n` test items of the ID task and of each OOD task; `pass_k_n` validation problems for pass@k."""
+    """Evaluation: `n` test items of the ID task and of each OOD task; `pass_k_n` validation problems for pass@k.
+
+    In conf/, `tasks` holds tasks of conf/task by name, for near and far to refer to; here they have been put there.
+    """
 
     n: int = knob(ge=1)
     seed: int = knob(ge=0)
@@ -458,14 +490,15 @@ NEUTRAL: Mapping[str, Any] = {
 KINDS: Mapping[str, Mapping[str, type]] = {
     "program": {"imm": ProgramImm, "pretrain_lab": ProgramPretrainLab},
     "model": {"lab": ModelLab, "hf": ModelHF},
-    "task": {"lab": PracticeLab, "gym": PracticeGym, "words": PracticeWords},
+    "task": {"lab": PracticeLab, "gym": PracticeGym, "hub": PracticeHub},
     "sampler": {"hf": Sampler},
     "teacher": {"none": TeacherNone, "lab": TeacherLab, "hf": TeacherHF, "file": TeacherFile},
     "merge": {"none": MergeNone, "*": MergeEvents},  # any other name: a rule, perhaps the user's own
     "logger": {"jsonl": LoggerJsonl, "wandb": LoggerWandb},
     "store": {"local": StoreLocal, "none": StoreNone},
 }
-EXAMS: Mapping[str, type] = {"lab": TaskLab, "gym": TaskGym, "words": TaskWords}
+PRACTICE = frozenset(f.name for f in dataclasses.fields(_Practice))
+EXAMS: Mapping[str, type] = {"lab": TaskLab, "gym": TaskGym, "hub": TaskHub}
 
 
 def conf_dir() -> Path:
@@ -488,10 +521,13 @@ def check(composed: DictConfig) -> Root:
     suite = raw.get("suite")
     exams: dict[str, list[Any]] = {}
     if isinstance(suite, dict):
+        named = list((suite.pop("tasks", None) or {}).values())
         for side in ("near", "far"):
             listed = suite.pop(side, None)
             if not isinstance(listed, list):
                 raise ConfigError(f"suite.{side}: expected a list of tasks, got {listed!r}")
+            # what a task of conf/task says of practice means nothing here
+            listed = [{k: v for k, v in t.items() if k not in PRACTICE} if t in named else t for t in listed]
             exams[side] = [
                 _merge(OmegaConf.structured(_kind(EXAMS, item, f"suite.{side}[{i}]")), item, f"suite.{side}[{i}]")
                 for i, item in enumerate(listed)
@@ -717,8 +753,8 @@ def _cross_checks(root: Root) -> None:
     }.items():
         if isinstance(task, TaskLab) and task.family not in FAMILIES:
             raise ConfigError(f"{key}.family: {task.family!r} is none of {', '.join(FAMILIES)}")
-    if isinstance(root.task, TaskWords) and root.task.holds != "all":
-        raise ConfigError("task.holds: a file of test items alone cannot be practised on; all splits it by a hash")
+        if isinstance(task, TaskHub):
+            _check_hub(key, task)
     labels = [label(t) for t in (root.task, *root.suite.near, *root.suite.far)]
     if twice := sorted({name for name in labels if labels.count(name) > 1}):
         raise ConfigError(f"task, suite.near, suite.far: {', '.join(twice)} stands there more than once")
@@ -748,6 +784,33 @@ def _check_sft(root: Root) -> None:
         raise ConfigError("sampler.hints: nothing is sampled with teacher=file; leave it 0")
     if "\n" in root.label:
         raise ConfigError("label: must be one line")
+
+
+def _check_hub(key: str, task: TaskHub) -> None:
+    parts = dataclasses.asdict(task.splits)
+    for part in parts if key == "task" else ("test",):
+        if parts[part] is None:
+            raise ConfigError(
+                f"{key}.splits.{part}: names no split of {task.path}; give one that is there: parts with the same "
+                "split share it, cut by a hash of the question"
+            )
+    if len(task.shares) != 3 or min(task.shares) < 1:
+        raise ConfigError(
+            f"{key}.shares: needs three whole numbers from 1 (train, validation, test), got {task.shares}"
+        )
+    if not isinstance(task.name, (str, type(None))) and not (
+        isinstance(task.name, list) and task.name and all(isinstance(n, str) for n in task.name)
+    ):
+        raise ConfigError(f"{key}.name: expected a config of {task.path} or a list of them, got {task.name!r}")
+    if task.choices is not None and task.verifier != "choice":
+        raise ConfigError(f"{key}.choices: are for verifier=choice, and {key}.verifier is {task.verifier}")
+    eval_shots = task.shots if task.eval_shots is None else task.eval_shots
+    for name, template, shots in (
+        ("prompt", task.prompt, task.shots), ("train_prompt", task.train_prompt or task.prompt, task.train_shots),
+        ("eval_prompt", task.eval_prompt or task.prompt, eval_shots),
+    ):  # fmt: skip
+        if why := prompts.problem_of(template, shots, task.instruction):
+            raise ConfigError(f"{key}.{name}: {why}")
 
 
 def _check_merge(merge: Merge) -> None:
@@ -855,7 +918,9 @@ def label(task: Any) -> str:
     """The task's name in metrics."""
     if isinstance(task, TaskGym):
         return task.label or task.dataset
-    return task.family if isinstance(task, TaskLab) else task.label
+    if isinstance(task, TaskHub):
+        return task.label or Path(task.path).name.split(".")[0].lower()
+    return task.family
 
 
 def _first_line(error: BaseException) -> str:

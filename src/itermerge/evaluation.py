@@ -36,12 +36,12 @@ def greedy_scores(policy: Policy, exams: Sequence[Exam], *, on_progress: Callabl
     # Tasks go together where they can: fuller batches. A task with few-shot examples goes alone, to compute them once.
     groups: dict[tuple[tuple[str, ...], str], list[tuple[Exam, Problem]]] = {}
     for exam in exams:
-        head = os.path.commonprefix([p.prompt for p in exam.problems])  # noqa: RUF071  (of characters, as wanted)
+        head = os.path.commonprefix([p.asked for p in exam.problems])  # noqa: RUF071  (of characters, as wanted)
         alone = head if len(head) >= SHARED_CHARACTERS else ""
         groups.setdefault((exam.task.stop, alone), []).extend((exam, p) for p in exam.problems)
     verdicts: dict[str, list[str]] = {exam.label: [] for exam in exams}
     for (stop, _), items in groups.items():
-        prompts = [problem.prompt for _, problem in items]
+        prompts = [problem.asked for _, problem in items]
         done = complete(policy, prompts, keys=None, stop=stop, on_progress=on_progress, **how)
         texts: dict[str, list[tuple[Problem, str, bool]]] = {}
         for (exam, problem), c in zip(items, done, strict=True):
@@ -65,10 +65,10 @@ def sample_keys(problems: Sequence[Problem], n: int, *seed: object) -> list[int]
 
 
 def sample(
-    policy: Policy, task: Task, problems: Sequence[Problem], n: int, *seed: object, **how: Any
+    policy: Policy, task: Task, problems: Sequence[Problem], n: int, *seed: object, asked: bool = False, **how: Any
 ) -> list[list[Completion]]:
-    """`n` sampled completions for each problem."""
-    prompts = [p.prompt for p in problems for _ in range(n)]
+    """`n` sampled completions for each problem; of its prompt in evaluation where `asked`."""
+    prompts = [p.asked if asked else p.prompt for p in problems for _ in range(n)]
     flat = complete(policy, prompts, keys=sample_keys(problems, n, *seed), stop=task.stop, **how)
     return [flat[at : at + n] for at in range(0, len(flat), n)]
 

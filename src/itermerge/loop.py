@@ -31,6 +31,7 @@ from .upkeep import check_space
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+UNJUDGED = ("unparseable", "timed_out", "error")
 
 
 def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
         for t in range(1, cfg.rounds + 1):
             anchor = Anchor(bench, getattr(cfg.merge, "anchor", "base"), history)
             samples = bench.solve(history[-1], t)
+            record.look_at_verdicts(samples, t)
             solutions = list(stages.read_lines(samples.folder / "examples.jsonl"))
             if not solutions and on_empty(cfg, t, samples, folder):
                 merged = Merged(history[-1])
@@ -169,6 +171,7 @@ class RunRecord:
         self.update: Model | None = None  # that of the last round
         self.base: Artifact | None = None  # its scores
         self.failed: dict[str, str] = {}
+        self.warned = False  # that samples cannot be judged
 
     def attempt(self, what: str, make: Callable[[], T]) -> T | None:
         """make(), or None when it failed: an analysis is worth no run. The reason is logged, and stands in
@@ -251,6 +254,19 @@ class RunRecord:
         analyze = partial(bench.analyze, tuned, merged, now.anchor, figures)
         return self.attempt(f"round {now.number}: layer change", analyze)
 
+    def look_at_verdicts(self, samples: Artifact, number: int) -> None:
+        """Says what became of a round's samples, and warns once where most of them could not be judged."""
+        n, reasons = samples.facts["samples"], samples.facts["reasons"]
+        log.info("round %d: %d samples: %s", number, n, ", ".join(f"{c} {r}" for r, c in reasons.items() if c))
+        unjudged = {r: c for r in UNJUDGED if (c := reasons[r])}
+        if 2 * sum(unjudged.values()) > n and not self.warned:
+            self.warned = True
+            log.warning(
+                "round %d: of %d samples %s: the verifier finds no answer in most of them. Look at rounds/%02d/"
+                "samples.jsonl, then at task.verifier, task.prompt, the worked examples (task.shots) and task.stop",
+                number, n, ", ".join(f"{c} {r}" for r, c in unjudged.items()), number,
+            )  # fmt: skip
+
     def layer_importance(self) -> dict[str, float]:
         """{layer_00: importance} by the estimator of merge.policy.importance, nothing without one. Raises MergeError
         where it could not be measured: the merge needs it."""
@@ -285,6 +301,7 @@ class RunRecord:
             "computed_in": {
                 "device": bench.device, "sampler_dtype": bench.dtype, "trainer_precision": bench.precision
             },
+            "decontaminated": bench.decontaminated,
             "weights_kept": bench.keep, "rounds": len(self.rounds) - 1,
             "final": self.rounds[-1], "base": self.rounds[0],
             "best_round_by_validation": best, "analysis_failed": self.failed,

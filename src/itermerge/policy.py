@@ -10,8 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .tasks.prompts import messages_of
 from .weights import PolicyError, Weights, check_same_tensors
 
+DATE = "26 Jul 2024"  # Llama 3's own default
 SHARED_FROM = 8  # tokens that all rows of a batch begin with, to compute them once
 
 
@@ -48,10 +50,27 @@ class Policy:
                 tensor.copy_(weights[name])
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the tokenizer puts before a text."""
+        """Token ids of a prompt, with the special tokens that the tokenizer puts before a text; of messages
+        (`tasks.prompts`), as the chat template writes them, special tokens in it and none added. Raises PolicyError
+        where there is no template."""
+        if (messages := messages_of(text)) is not None:
+            return self.tokenizer(self._chat(messages), add_special_tokens=False)["input_ids"]
         ids: list[int] = self.tokenizer(text)["input_ids"]
         # A tokenizer that closes a text with eos (T5's habit) would end the completion before it starts.
         return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+
+    def _chat(self, messages: list[dict[str, str]]) -> str:
+        if self.tokenizer.chat_template is None:
+            raise PolicyError(
+                f"model.path: the tokenizer in {self.folder} has no chat template, which task.prompt=chat needs; "
+                "use task.prompt=qa or alpaca, or a model that was tuned to chat"
+            )
+        try:  # some templates write the date: a fixed one, or the same run would differ tomorrow
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, date_string=DATE, strftime_now=lambda _: DATE
+            )
+        except Exception as error:  # the template's own, as for a system message that it does not know
+            raise PolicyError(f"the chat template of {self.folder} refuses the prompt: {error}") from error
 
     def encode_completion(self, text: str) -> list[int]:
         """Token ids of a completion and the eos that ends it."""

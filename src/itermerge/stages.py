@@ -37,8 +37,8 @@ from .config import (
     MergeNone,
     ModelLab,
     Root,
+    TaskHub,
     TaskLab,
-    TaskWords,
     TeacherFile,
     TeacherHF,
     TeacherLab,
@@ -51,6 +51,7 @@ from .rules import method_of, source_of
 from .sft import Example, FitSpec, LoraSpec, SftError, fit
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed, verify_all
+from .tasks.contamination import Evaluated
 from .tracking import progress
 from .upkeep import keep_of
 from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, place_of, read_weights, resolve, write_folder
@@ -58,14 +59,14 @@ from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, place_of
 T = TypeVar("T")
 Ratio = float | Mapping[str, float]
 log = logging.getLogger(__name__)
-SAMPLING = ("policy.py", "weights.py", "decoding.py", "evaluation.py", "tasks/__init__.py")
+SAMPLING = ("policy.py", "weights.py", "decoding.py", "evaluation.py", "tasks/__init__.py", "tasks/prompts.py")
 PROBING = ("stages.py", "sft.py", "analysis/diversity.py")
 IMPORTANCE = (
     "stages.py", "policy.py", "weights.py", "sft.py", "analysis/importance.py", "analysis/change.py",
-    "analysis/mismatch.py",
+    "analysis/mismatch.py", "tasks/prompts.py",
 )  # fmt: skip
 MERGING = ("weights.py", "merging/law.py")
-FITTING = (*MERGING, "merging/callback.py", "policy.py", "sft.py", "tasks/__init__.py")
+FITTING = (*MERGING, "merging/callback.py", "policy.py", "sft.py", "tasks/__init__.py", "tasks/prompts.py")
 LAB = Path(__file__).parent / "lab"  # the base models in the package, seed0 and on
 LAB_SEED0 = LAB / "seed0"
 NOT_THE_MODEL = (MANIFEST, DROPPED, KEPT, "timing.json")  # beside a model's files in its artifact
@@ -129,10 +130,16 @@ def build_task(spec: Any) -> Task:
         from .tasks.lab import LabTask
 
         return LabTask(spec.family)
-    if isinstance(spec, TaskWords):
-        from .tasks.words import WordTask
+    if isinstance(spec, TaskHub):
+        from .tasks.hub import HubTask
 
-        return WordTask(spec.file, spec.label, spec.holds, spec.shots, spec.train_shots)
+        return HubTask(
+            spec.path, spec.question, spec.answer, spec.verifier, label(spec), subset=spec.name, revision=spec.revision,
+            splits=dataclasses.asdict(spec.splits), shares=spec.shares, choices=spec.choices, solution=spec.solution,
+            where=spec.where, prompt=spec.prompt, train_prompt=spec.train_prompt, eval_prompt=spec.eval_prompt,
+            instruction=spec.instruction, shots=spec.shots, train_shots=spec.train_shots, eval_shots=spec.eval_shots,
+            shots_file=spec.shots_file, own_stop=spec.stop,
+        )  # fmt: skip
     from .tasks.gym import GymTask
 
     return GymTask(
@@ -143,13 +150,19 @@ def build_task(spec: Any) -> Task:
 _TASK_KEYS = {
     "lab": ("kind", "family"),
     "gym": ("kind", "dataset", "options", "shots", "train_shots"),
-    "words": ("kind", "holds", "shots", "train_shots"),  # of the file, its problems enter the keys
+    "hub": ("kind", "verifier", "prompt", "eval_prompt", "stop"),  # of the data, its problems enter the keys
+}
+TASK_FILES = {
+    "lab": ("tasks/lab.py",),
+    "gym": ("tasks/gym.py",),
+    "hub": ("tasks/hub.py", "tasks/verifiers.py", "tasks/latex.py", "tasks/latex_worker.py"),
 }
 
 
 def task_key(spec: Any) -> dict[str, Any]:
     """What of a task decides its problems, prompts and verdicts."""
-    return {name: getattr(spec, name) for name in _TASK_KEYS[spec.kind]}
+    judge = {"math_verify": version("math-verify")} if getattr(spec, "verifier", None) == "math" else {}
+    return {name: getattr(spec, name) for name in _TASK_KEYS[spec.kind]} | judge
 
 
 def device_of(accelerator: str) -> str:
@@ -185,7 +198,7 @@ class Bench:
         if self.precision == "auto":
             self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
         kinds = sorted({s.kind for s in (cfg.task, *cfg.suite.near, *cfg.suite.far)})
-        self.sampling = (*SAMPLING, *(f"tasks/{kind}.py" for kind in kinds))
+        self.sampling = (*SAMPLING, *(file for kind in kinds for file in TASK_FILES[kind]))
         self.task = build_task(cfg.task)
         suite = cfg.suite
         self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
@@ -205,6 +218,9 @@ class Bench:
         ]  # fmt: skip
         for exam in self.exams:
             check_gold(exam.task, exam.problems)
+        self.evaluated = Evaluated((p.text for e in self.exams for p in e.problems), cfg.task.decontaminate or 1)
+        self.decontaminated: dict[str, int] = {}  # training problems left out as exact and ngram, of how many drawn
+        self._practised: dict[tuple[object, ...], list[Problem]] = {}
         first = self.train_problems(1)
         check_gold(self.task, first)
         check_disjoint(self.task.name, {"train": first, "validation": self.validation, "test": own})
@@ -267,7 +283,7 @@ class Bench:
         """Raises TaskError, naming the task, when its prompts leave no room for an answer."""
         new, context = self.cfg.sampler.max_new_tokens, self.policy.context
         for exam in (*self.exams, Exam(f"train/{self.task.name}", self.task, first)):
-            longest = max(len(self.policy.encode_prompt(p.prompt)) for p in exam.problems)
+            longest = max(len(self.policy.encode_prompt(t)) for p in exam.problems for t in {p.prompt, p.asked})
             if longest + new > context:
                 raise TaskError(
                     f"task {exam.label!r}: its longest prompt has {longest} tokens and sampler.max_new_tokens is "
@@ -285,10 +301,47 @@ class Bench:
     # --- the verbs ---------------------------------------------------------------------------------------------
 
     def train_problems(self, number: int) -> list[Problem]:
-        """The problems of a round: always the same, or fresh ones."""
+        """The problems of a round: always the same, or fresh ones; none of them in an evaluated one
+        (task.decontaminate)."""
         task = self.cfg.task
         which = ("fixed",) if task.problems == "fixed" else ("fresh", number)
-        return self.task.problems("train", task.n_train, self.cfg.seed, *which)
+        if which not in self._practised:
+            self._practised[which] = self._draw_train(which)
+        return self._practised[which]
+
+    def _draw_train(self, which: tuple[object, ...]) -> list[Problem]:
+        task, clean = self.cfg.task, []
+        if task.decontaminate is None:
+            return self.task.problems("train", task.n_train, self.cfg.seed, *which)
+        counts, ask = {"exact": 0, "ngram": 0}, task.n_train
+        seen: list[Problem] = []
+        while len(clean) < task.n_train:
+            try:
+                drawn = self.task.problems("train", ask, self.cfg.seed, *which)
+            except TaskError as error:
+                left_out = sum(counts.values())
+                if not left_out:
+                    raise
+                raise TaskError(
+                    f"{error}. Of the first {len(seen)}, {left_out} share words in a row with evaluated problems and "
+                    f"were left out (task.decontaminate={task.decontaminate})"
+                ) from error
+            for problem in drawn[len(seen) :]:
+                why = self.evaluated.has(problem.text)
+                if why is None:
+                    clean.append(problem)
+                else:
+                    counts[why] += 1
+            seen, ask = drawn, ask + task.n_train - len(clean)
+        if any(counts.values()):
+            log.info(
+                "task %s: of %d training problems %d stand in evaluated ones and %d share %d words in a row with one; "
+                "they are left out, others take their place",
+                self.task.name, len(seen), counts["exact"], counts["ngram"], task.decontaminate,
+            )  # fmt: skip
+        for key, count in (counts | {"of": len(seen)}).items():
+            self.decontaminated[key] = self.decontaminated.get(key, 0) + count
+        return clean
 
     def solve(self, model: Model, number: int) -> Artifact:
         """samples.jsonl and examples.jsonl of a round (`verify`), of solutions by `model` or by the teacher; with hints
@@ -588,12 +641,14 @@ class Bench:
                 progress(f"round {number}: pass@k", len(problems) * cfg.sampler.n) as tick,
                 self._sampler(model) as policy,
             ):
-                made = evaluation.sample(policy, self.task, problems, cfg.sampler.n, seed, on_progress=tick, **how)
+                made = evaluation.sample(
+                    policy, self.task, problems, cfg.sampler.n, seed, asked=True, on_progress=tick, **how
+                )
             flat = [(p, i, c) for p, cs in zip(problems, made, strict=True) for i, c in enumerate(cs)]
             verdicts = verify_all(self.task, [(p, c.text, c.finished) for p, _, c in flat])
             rows = [
                 {
-                    "id": p.id, "sample": i, "prompt": p.prompt, "completion": c.text, "answer": verdict.answer,
+                    "id": p.id, "sample": i, "prompt": p.asked, "completion": c.text, "answer": verdict.answer,
                     "gold": p.answer, "verdict": verdict.correct, "reason": verdict.reason, "tokens": c.tokens,
                     "entropy": round(c.entropy, 6),
                 }
@@ -836,7 +891,7 @@ class Bench:
 
     def _golds(self, problems: Sequence[Problem]) -> list[Example]:
         """Prompts with their gold solutions, as far as these fit into the model's context."""
-        texts = self._examples((p.prompt, p.gold) for p in problems)
+        texts = self._examples((p.asked, p.gold) for p in problems)
         return [t for t in texts if len(t.prompt) + len(t.completion) <= self.policy.context]
 
     def _base_predictions(self, tasks: Sequence[Sequence[Problem]]) -> list[list[torch.Tensor]]:
@@ -870,7 +925,7 @@ class Bench:
             return in_dtype(other, getattr(torch, self.dtype))
         return in_dtype(self._load(model), getattr(torch, self.dtype))
 
-    def _decode(self) -> dict[str, int]:
+    def _decode(self) -> dict[str, Any]:
         return {"max_new_tokens": self.cfg.sampler.max_new_tokens, "batch_size": self.cfg.sampler.batch_size}
 
     def _dtype(self) -> dict[str, str]:

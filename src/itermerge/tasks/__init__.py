@@ -32,6 +32,12 @@ class Problem:
     gold: str  # a completion that the verifier accepts; the reference answer stands in it
     answer: str
     hint_prompt: str = ""  # the prompt with the answer given away (STaR's rationalization, 2203.14465)
+    eval_prompt: str = ""  # what is asked in evaluation; empty: the prompt
+
+    @property
+    def asked(self) -> str:
+        """The prompt in evaluation."""
+        return self.eval_prompt or self.prompt
 
 
 @dataclass(frozen=True)
@@ -69,8 +75,9 @@ def derive_seed(*parts: object) -> int:
 
 
 def verify_all(task: Task, attempts: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
-    """A verdict for each (problem, completion, finished)."""
-    return [task.verify(*attempt) for attempt in attempts]
+    """A verdict for each (problem, completion, finished), in order; by the task's `verify_many` where it has one."""
+    many = getattr(task, "verify_many", None)
+    return many(attempts) if many else [task.verify(*attempt) for attempt in attempts]
 
 
 def check_gold(task: Task, problems: Sequence[Problem]) -> None:
