@@ -105,6 +105,18 @@ class TaskWords:
 
 
 @dataclass
+class TaskHarness:
+    """A task of lm-evaluation-harness, for suites alone: no prompts of ours, no solutions to learn from."""
+
+    kind: str = "lm_eval"
+    task: str = MISSING  # its name there
+    label: str = ""  # in metrics; default: task
+    metric: str = MISSING  # acc, acc_norm, exact_match, ..., 0 or 1 an item; with its filter as "exact_match,strict-match"
+    num_fewshot: int | None = field(default=None, metadata={"ge": 0})  # null: the task's own
+    include_path: str | None = None  # a folder of task files beside lm_eval's
+
+
+@dataclass
 class _Practice:
     """What makes a task the one to practise on."""
 
@@ -465,7 +477,7 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "logger": {"jsonl": LoggerJsonl, "wandb": LoggerWandb},
     "store": {"local": StoreLocal, "none": StoreNone},
 }
-EXAMS: Mapping[str, type] = {"lab": TaskLab, "gym": TaskGym, "words": TaskWords}
+EXAMS: Mapping[str, type] = {"lab": TaskLab, "gym": TaskGym, "words": TaskWords, "lm_eval": TaskHarness}
 
 
 def conf_dir() -> Path:
@@ -844,7 +856,8 @@ def check_metric(root: Root, metric: str, key: str) -> None:
     ood = [label(t) for t in (*root.suite.near, *root.suite.far)]
     known = {"val/id/acc", "id/acc", f"id/{label(root.task)}/acc", "ood/acc", *(f"ood/{name}/acc" for name in ood)}
     known |= {f"ood/{side}/acc" for side in sides}
-    validation = {"val/ood/acc", *(f"val/ood/{side}/acc" for side in sides)}
+    asked = [side for side in sides if any(not isinstance(t, TaskHarness) for t in getattr(root.suite, side))]
+    validation = {"val/ood/acc", *(f"val/ood/{side}/acc" for side in asked)} if asked else set()
     if metric in validation and not root.suite.n_validation:
         raise ConfigError(f"{key}: {metric} needs validation items of the OOD tasks; set suite.n_validation, as to 50")
     if metric not in known | validation:
@@ -855,6 +868,8 @@ def label(task: Any) -> str:
     """The task's name in metrics."""
     if isinstance(task, TaskGym):
         return task.label or task.dataset
+    if isinstance(task, TaskHarness):
+        return task.label or task.task
     return task.family if isinstance(task, TaskLab) else task.label
 
 

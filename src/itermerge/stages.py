@@ -37,6 +37,8 @@ from .config import (
     MergeNone,
     ModelLab,
     Root,
+    Suite,
+    TaskHarness,
     TaskLab,
     TaskWords,
     TeacherFile,
@@ -46,6 +48,7 @@ from .config import (
     label,
 )
 from .evaluation import Exam
+from .harness import HarnessExam, harness_scores
 from .policy import Policy, check_folder
 from .rules import method_of, source_of
 from .sft import Example, FitSpec, LoraSpec, SftError, fit
