@@ -111,7 +111,9 @@ class TaskHarness:
     kind: str = "lm_eval"
     task: str = MISSING  # its name there
     label: str = ""  # in metrics; default: task
-    metric: str = MISSING  # acc, acc_norm, exact_match, ..., 0 or 1 an item; with its filter as "exact_match,strict-match"
+    metric: str = (
+        MISSING  # acc, acc_norm, exact_match, ..., 0 or 1 an item; with its filter as "exact_match,strict-match"
+    )
     num_fewshot: int | None = field(default=None, metadata={"ge": 0})  # null: the task's own
     include_path: str | None = None  # a folder of task files beside lm_eval's
 
@@ -716,6 +718,8 @@ def _cross_checks(root: Root) -> None:
         raise ConfigError(f"sweep.gpus: must be null, all, or a list of GPU numbers as [0,1]; got {gpus!r}")
     if not root.suite.near and not root.suite.far:
         raise ConfigError("suite.near, suite.far: at least one OOD task is needed")
+    if root.suite.n_validation and all(isinstance(t, TaskHarness) for t in (*root.suite.near, *root.suite.far)):
+        raise ConfigError("suite.n_validation: tasks of lm_eval have no validation items, and there are no others")
     if root.suite.pass_k_n > root.task.n_validation:
         raise ConfigError(
             f"suite.pass_k_n: {root.suite.pass_k_n} problems, task.n_validation has only {root.task.n_validation}"

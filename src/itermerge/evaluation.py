@@ -166,8 +166,8 @@ def metrics(scores: Mapping[str, Any], id_task: str, near: Sequence[str], far: S
     for name, labels in {"ood": [*near, *far], "ood/near": near, "ood/far": far}.items():
         if labels:
             put(f"{name}/acc", *mean_interval([scores[label]["correct"] for label in labels]))
-        if labels and all(f"val/{label}" in scores for label in labels):
-            put(f"val/{name}/acc", *mean_interval([scores[f"val/{label}"]["correct"] for label in labels]))
+        if choosing := [f"val/{label}" for label in labels if f"val/{label}" in scores]:
+            put(f"val/{name}/acc", *mean_interval([scores[label]["correct"] for label in choosing]))
     for label in [*near, *far]:
         put_task(f"ood/{label}/acc", label)
         out[f"ood/{label}/majority"] = scores[label]["majority"]

@@ -148,7 +148,7 @@ class HarnessExam:
             prompt, rest = request.args
             tokens = len(policy.tokenizer(prompt)["input_ids"])
             if request.request_type == "generate_until":
-                new = normalize_gen_kwargs(rest, NEW_TOKENS)["max_gen_toks"]
+                new = normalize_gen_kwargs(rest, NEW_TOKENS).get("max_gen_toks", NEW_TOKENS)
             else:
                 new = len(policy.tokenizer(rest, add_special_tokens=False)["input_ids"])
             if tokens + new > policy.context:
@@ -166,7 +166,7 @@ class HarnessExam:
         with _apart(), _plain_generation(policy):
             live = _live(policy, batch_size, _Ticks(len(self.requests), len(self.items), on_progress))
             self.task.set_fewshot_seed(seed=SEED)
-            found = evaluator.evaluate(
+            found: Any = evaluator.evaluate(
                 live, {"tasks": {self.key: self.task}, "groups": {}, "group_map": {}},
                 samples={self.key: self.items}, bootstrap_iters=0, log_samples=True,
             )  # fmt: skip
@@ -221,9 +221,9 @@ def _live(policy: Policy, batch_size: int, ticks: _Ticks) -> Any:
     tokenizer = copy.deepcopy(policy.tokenizer)
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(policy.eos_ids[0])
-    model: Any = policy.model
-    live = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=policy.context)
-    live.set_cache_hook(ticks)  # type: ignore[arg-type]
+    make: Any = HFLM
+    live = make(pretrained=policy.model, tokenizer=tokenizer, batch_size=batch_size, max_length=policy.context)
+    live.set_cache_hook(ticks)
     return live
 
 

@@ -1,7 +1,7 @@
 """The verbs of a round, each bound to the store: what goes into its key, and what it writes.
 
 A `Bench` holds what the stages of one run share: config, tasks, problems, base model, store and the loaded policy. No
-stage knows which task is in-domain; roles are told to `evaluation.metrics` alone, by `Bench.figures`.
+stage knows which task is in-domain; roles are told to `evaluation.metrics` alone, by `Exams.figures`.
 """
 
 from __future__ import annotations
@@ -175,6 +175,77 @@ def sampling_dtype(asked: str, device: str) -> str:
     return asked if asked != "auto" else "bfloat16" if fast_at_bfloat16(device) else "float32"
 
 
+class Exams:
+    """The items that a task and a suite are evaluated on, and a model's scores on them. Raises TaskError where a task
+    or its items cannot be used.
+
+    `all` are those of our own tasks: test items of the ID task and of the OOD tasks, then validation items; `harness`
+    are OOD tasks of lm-evaluation-harness, which have test items alone.
+    """
+
+    def __init__(self, spec: Any, suite: Suite) -> None:
+        away = (*suite.near, *suite.far)
+        self.task = build_task(spec)
+        self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
+        self.ours = [s for s in away if not isinstance(s, TaskHarness)]
+        self.harness = [
+            HarnessExam(
+                label(s), s.task, s.metric, n=suite.n, seed=suite.seed, num_fewshot=s.num_fewshot,
+                include_path=s.include_path,
+            ) for s in away if isinstance(s, TaskHarness)
+        ]  # fmt: skip
+        if self.harness:
+            log.warning(
+                "OOD accuracy alone is measured on %s: lm_eval's tasks have no validation items and no solutions to "
+                "compare predictions on, and are not searched for training prompts",
+                ", ".join(e.label for e in self.harness),
+            )
+        self.test = [Exam(label(s), t := build_task(s), t.problems("test", suite.n, suite.seed)) for s in self.ours]
+        of = (suite.n_validation, suite.seed, VALIDATION_SEED)
+        self.choosing = [
+            Exam(f"val/{e.label}", e.task, e.task.problems("validation", *of)) for e in self.test if suite.n_validation
+        ]
+        self.own = self.task.problems("test", suite.n, suite.seed)
+        self.validation = self.task.problems("validation", spec.n_validation, suite.seed, VALIDATION_SEED)
+        self.all = [
+            Exam(self.task.name, self.task, self.own), *self.test,
+            Exam(f"val/{self.task.name}", self.task, self.validation), *self.choosing,
+        ]  # fmt: skip
+        for exam in self.all:
+            check_gold(exam.task, exam.problems)
+        check_disjoint(self.task.name, {"validation": self.validation, "test": self.own})
+
+    @property
+    def count(self) -> int:
+        """Items in all."""
+        return sum(len(e.problems) for e in self.all) + sum(len(e.items) for e in self.harness)
+
+    def check_lengths(self, policy: Policy, new: int, train: Sequence[Exam] = ()) -> None:
+        """Raises TaskError, naming the task, when its prompts leave no room for an answer of `new` tokens."""
+        for exam in (*self.all, *train):
+            longest = max(len(policy.encode_prompt(p.prompt)) for p in exam.problems)
+            if longest + new > policy.context:
+                raise TaskError(
+                    f"task {exam.label!r}: its longest prompt has {longest} tokens and sampler.max_new_tokens is "
+                    f"{new}, together more than the model's context of {policy.context}; lower the task's shots, or "
+                    "sampler.max_new_tokens"
+                )
+        for exam in self.harness:
+            exam.check_lengths(policy)
+
+    def scores(
+        self, policy: Policy, on_progress: Callable[[int], None], *, max_new_tokens: int, batch_size: int
+    ) -> dict[str, Any]:
+        """What scores.json holds."""
+        how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "on_progress": on_progress}
+        scores = evaluation.greedy_scores(policy, self.all, **how)
+        return scores | harness_scores(policy, self.harness, batch_size=batch_size, on_progress=on_progress)
+
+    def figures(self, scores: Mapping[str, Any]) -> dict[str, float]:
+        """The flat metrics of a scores.json; here, and only here, tasks get their roles."""
+        return evaluation.metrics(scores, self.task.name, self.near, self.far)
+
+
 class Bench:
     """One run's tasks, problems, base and policy, and the stages over them."""
 
@@ -187,31 +258,14 @@ class Bench:
         self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
         if self.precision == "auto":
             self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
-        kinds = sorted({s.kind for s in (cfg.task, *cfg.suite.near, *cfg.suite.far)})
+        of = self.of = Exams(cfg.task, cfg.suite)
+        self.task, self.exams, self.validation, self.near, self.far = of.task, of.all, of.validation, of.near, of.far
+        kinds = sorted({s.kind for s in (cfg.task, *of.ours)})
         self.sampling = (*SAMPLING, *(f"tasks/{kind}.py" for kind in kinds))
-        self.task = build_task(cfg.task)
-        suite = cfg.suite
-        self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
-        test = [
-            Exam(label(s), t := build_task(s), t.problems("test", suite.n, suite.seed))
-            for s in (*suite.near, *suite.far)
-        ]
-        of = (suite.n_validation, suite.seed, VALIDATION_SEED)
-        choosing = [
-            Exam(f"val/{e.label}", e.task, e.task.problems("validation", *of)) for e in test if suite.n_validation
-        ]
-        own = self.task.problems("test", suite.n, suite.seed)
-        self.validation = self.task.problems("validation", cfg.task.n_validation, suite.seed, VALIDATION_SEED)
-        self.exams = [
-            Exam(self.task.name, self.task, own), *test, Exam(f"val/{self.task.name}", self.task, self.validation),
-            *choosing,
-        ]  # fmt: skip
-        for exam in self.exams:
-            check_gold(exam.task, exam.problems)
         first = self.train_problems(1)
         check_gold(self.task, first)
-        check_disjoint(self.task.name, {"train": first, "validation": self.validation, "test": own})
-        for exam in (*test, *choosing):
+        check_disjoint(self.task.name, {"train": first, "validation": self.validation, "test": of.own})
+        for exam in (*of.test, *of.choosing):
             if exam.task.name != self.task.name:
                 check_disjoint(f"{self.task.name} and {exam.label}", {"train": first, "items": exam.problems})
         if isinstance(cfg.model, ModelLab):
@@ -268,15 +322,9 @@ class Bench:
 
     def _check_lengths(self, first: Sequence[Problem]) -> None:
         """Raises TaskError, naming the task, when its prompts leave no room for an answer."""
-        new, context = self.cfg.sampler.max_new_tokens, self.policy.context
-        for exam in (*self.exams, Exam(f"train/{self.task.name}", self.task, first)):
-            longest = max(len(self.policy.encode_prompt(p.prompt)) for p in exam.problems)
-            if longest + new > context:
-                raise TaskError(
-                    f"task {exam.label!r}: its longest prompt has {longest} tokens and sampler.max_new_tokens is "
-                    f"{new}, together more than the model's context of {context}; lower the task's shots, or "
-                    "sampler.max_new_tokens"
-                )
+        context = self.policy.context
+        train = [Exam(f"train/{self.task.name}", self.task, first)]
+        self.of.check_lengths(self.policy, self.cfg.sampler.max_new_tokens, train)
         longest = max(len(self.policy.encode_prompt(p.train_prompt)) for p in first)
         if longest >= min(self.cfg.sft.max_length, context):
             raise TaskError(
@@ -558,7 +606,7 @@ class Bench:
         inputs = {
             "tuned": tuned.digest, "ratio": _compact(ratio), "factors": factors, "metric": policy.metric,
             "tolerance": policy.tolerance, "items": {e.label: _ids(e.problems) for e in exams}, "how": self._decode(),
-            "tasks": [task_key(t) for t in (self.cfg.task, *self.cfg.suite.near, *self.cfg.suite.far)],
+            "tasks": [task_key(t) for t in (self.cfg.task, *self.of.ours)],
             **self._merge_key(now),
         } | self._dtype()  # fmt: skip
         return self.store.stage("search", inputs, compute, modules=(*self.sampling, *MERGING, "stages.py"))
@@ -568,16 +616,19 @@ class Bench:
         cfg = self.cfg
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            total = sum(len(e.problems) for e in self.exams)
-            with progress(f"round {number}: evaluating", total) as tick, self._sampler(model) as policy:
-                scores = evaluation.greedy_scores(policy, self.exams, on_progress=tick, **self._decode())
+            with progress(f"round {number}: evaluating", self.of.count) as tick, self._sampler(model) as policy:
+                scores = self.of.scores(policy, tick, **self._decode())
             _write_json(folder / "scores.json", scores)
             return {}
 
-        tasks = [task_key(cfg.task), *map(task_key, [*cfg.suite.near, *cfg.suite.far])]
+        tasks = [task_key(cfg.task), *map(task_key, self.of.ours)]
         items = {e.label: _ids(e.problems) for e in self.exams}
         inputs = {"model": model.digest, "tasks": tasks, "items": items, "how": self._decode()} | self._dtype()
-        return self.store.stage("evaluate", inputs, compute, modules=self.sampling)
+        modules = self.sampling
+        if self.of.harness:
+            inputs["harness"] = {e.label: e.digest for e in self.of.harness}
+            modules = (*modules, "harness.py")
+        return self.store.stage("evaluate", inputs, compute, modules=modules)
 
     def held_out_samples(self, model: Model, number: int) -> Artifact:
         """held_out.jsonl: samples with verdicts for each of the first `suite.pass_k_n` validation problems, with the
@@ -628,7 +679,7 @@ class Bench:
                 out |= diversity.sample_figures(list(problems.values()), tokens)
             how = (self.policy.pad_id, spec.batch_size)
             with progress(f"round {number}: predictions", 3) as tick:
-                base = self._base_predictions(away) if spec.kl_n else []
+                base = self._base_predictions(away) if spec.kl_n and away else []
                 policy = self._load(model)
                 if texts := self._golds(own):
                     out["diversity/fixed_text_entropy"] = diversity.text_entropy(policy.model, texts, *how)
@@ -683,7 +734,7 @@ class Bench:
             _write_lines(folder / "examples.jsonl", rows[: spec.examples])
             return {}
 
-        tasks = [task_key(t) for t in (*cfg.suite.near, *cfg.suite.far)]
+        tasks = [task_key(t) for t in self.of.ours]
         inputs = {"model": self.base.digest, "tasks": tasks, "items": [_ids(ps) for _, ps in items], "how": how,
                   "examples": spec.examples, "seed": seed} | self._dtype()  # fmt: skip
         return self.store.stage("solutions_ood", inputs, compute, modules=(*self.sampling, "stages.py"))
@@ -794,9 +845,8 @@ class Bench:
         return {f"gap/superficiality{end}": v for end, v in zip(("", "_low", "_high"), gap, strict=True)}
 
     def figures(self, scores: Artifact) -> dict[str, float]:
-        """The flat metrics of a scores.json; here, and only here, tasks get their roles."""
-        read = json.loads((scores.folder / "scores.json").read_text())
-        return evaluation.metrics(read, self.task.name, self.near, self.far)
+        """The flat metrics of a scores.json."""
+        return self.of.figures(json.loads((scores.folder / "scores.json").read_text()))
 
     # --- inside ------------------------------------------------------------------------------------------------
 
