@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ from .config import (
     check,
     check_analyze,
     check_between,
+    check_evaluate,
     conf_dir,
     to_dict,
 )
@@ -79,7 +81,7 @@ def analyze_main() -> None:
 
 def _analyze(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
+    with _door():
         cfg = check_analyze(composed)
         if (folder / "layers.json").exists() or (folder / "config.yaml").exists():
             raise Occupied(f"out: {folder} holds something already, which is never overwritten; give another out")
@@ -102,12 +104,6 @@ def _analyze(composed: DictConfig) -> None:
         tracking.console.print(f"folder {_short(folder)}, report {_short(made[0])}", soft_wrap=True)
         if failed:
             raise failed
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        if _expected(error):
-            die(str(error))
-        raise
 
 
 def merge_main() -> None:
@@ -116,7 +112,7 @@ def merge_main() -> None:
 
 
 def _merge(composed: DictConfig) -> None:
-    try:
+    with _door("interrupted; the same command goes on from what is written"):
         users_own_modules()
         typed = list(HydraConfig.get().overrides.task)
         cfg = check_between(composed, typed)
@@ -124,8 +120,36 @@ def _merge(composed: DictConfig) -> None:
         from . import checkpoints
 
         checkpoints.merge(cfg, typed)
+
+
+def evaluate_main() -> None:
+    """`itermerge-evaluate model=hf model.path=DIR`."""
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="evaluate")(_evaluate)()
+
+
+def _evaluate(composed: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with _door():
+        cfg = check_evaluate(composed, list(HydraConfig.get().overrides.task))
+        if (folder / "evaluation.json").exists() or (folder / "config.yaml").exists():
+            raise Occupied(f"out: {folder} holds something already, which is never overwritten; give another out")
+        _set_threads(cfg.threads)
+        _quiet(cfg.threads)
+        from . import evaluate, tracking
+
+        evaluate.show(evaluate.evaluate(cfg, folder))
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
+        tracking.console.print(f"folder {_short(folder)}", soft_wrap=True)
+
+
+@contextmanager
+def _door(interrupted: str | None = None) -> Iterator[None]:
+    """How a command beside `itermerge` itself ends: with one line for what a user can mend, with 130 on Ctrl-C."""
+    try:
+        yield
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is written", file=sys.stderr)
+        if interrupted:
+            print(interrupted, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if _expected(error):

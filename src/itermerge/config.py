@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -448,6 +448,21 @@ class Analyze:
 
 
 @dataclass
+class Evaluate:
+    """The config of `itermerge-evaluate`: models, and the task and suite that they are evaluated on."""
+
+    others: list[str] = MISSING  # further models, each compared with `model`
+    out: str = MISSING
+    threads: int = knob(ge=1)
+    accelerator: str = knob(among=("auto", "cpu", "gpu"))
+    model: Any = None
+    task: Any = None
+    suite: Suite = field(default_factory=Suite)
+    sampler: Any = None
+    paths: Paths = field(default_factory=Paths)
+
+
+@dataclass
 class Between:
     """The config of `itermerge-merge`: checkpoints, the rule that merges them, and the folder that it makes."""
 
@@ -492,13 +507,20 @@ def check(composed: DictConfig) -> Root:
     """`composed` as a Root, every key known, of its type, in its range. Raises ConfigError."""
     raw = _plain(composed)
     _check_list(raw)
-    schema = OmegaConf.structured(Root)
     rule = raw.get("merge")
     if isinstance(rule, dict) and rule.get("kind") == "none" and len(rule) > 1:
         key = next(k for k in rule if k != "kind")
         raise ConfigError(f"merge.{key}: merge=none has no keys; where an experiment sets some, use merge.ratio=1")
-    for group, kinds in KINDS.items():
-        schema[group] = OmegaConf.structured(_kind(kinds, raw.get(group), group))
+    root: Root = _with_suite(Root, KINDS, raw)
+    _cross_checks(root)
+    return root
+
+
+def _with_suite(made: type, groups: Iterable[str], raw: dict[str, Any]) -> Any:
+    """`raw` as a config that has `groups` and a suite, whose tasks differ in kind."""
+    schema = OmegaConf.structured(made)
+    for group in groups:
+        schema[group] = OmegaConf.structured(_kind(KINDS[group], raw.get(group), group))
     suite = raw.get("suite")
     exams: dict[str, list[Any]] = {}
     if isinstance(suite, dict):
@@ -511,10 +533,39 @@ def check(composed: DictConfig) -> Root:
                 for i, item in enumerate(listed)
             ]
         raw["suite"] = suite | {"near": [], "far": []}
-    root: Root = _merge(schema, raw, "")
-    root.suite.near, root.suite.far = exams["near"], exams["far"]
-    _cross_checks(root)
+    root: Any = _merge(schema, raw, "")
+    if exams:
+        root.suite.near, root.suite.far = exams["near"], exams["far"]
     return root
+
+
+# Keys that say how a run practises; an evaluation has none of that.
+_OF_RUNS = (
+    "model.lora",
+    "task.n_train",
+    "task.problems",
+    "task.max_solutions",
+    "task.labels",
+    "task.train_shots",
+    "sampler.hints",
+    "suite.pre_merge",
+)
+
+
+def check_evaluate(composed: DictConfig, typed: Sequence[str] = ()) -> Evaluate:
+    """`composed` as the config of `itermerge-evaluate`; `typed` are the overrides of its command line. Raises
+    ConfigError."""
+    for word in typed:
+        key = word.lstrip("+~").partition("=")[0]
+        if any(key == name or key.startswith(f"{name}.") for name in _OF_RUNS):
+            raise ConfigError(f"{key}: is of training; itermerge-evaluate has none")
+    raw = _plain(composed)
+    others = raw.get("others")
+    if not isinstance(others, list) or not all(isinstance(path, str) for path in others):
+        raise ConfigError(f"others: expected a list of folders or hub names, as [A,B]; got {others!r}")
+    made: Evaluate = _with_suite(Evaluate, ("model", "task", "sampler"), raw)
+    _check_tasks(made)
+    return made
 
 
 def check_analyze(composed: DictConfig) -> Analyze:
@@ -620,7 +671,7 @@ def _check_analysis(analysis: Analysis | AnalyzeAnalysis) -> None:
         raise ConfigError(f"analysis.effective_rank: must be true, false or auto, got {asked_ranks!r}")
 
 
-def to_dict(root: Root | Analyze | Between) -> dict[str, Any]:
+def to_dict(root: Root | Analyze | Between | Evaluate) -> dict[str, Any]:
     """The resolved config as plain containers."""
     return dataclasses.asdict(root)
 
@@ -718,8 +769,17 @@ def _cross_checks(root: Root) -> None:
         raise ConfigError(f"sweep.gpus: must be null, all, or a list of GPU numbers as [0,1]; got {gpus!r}")
     if not root.suite.near and not root.suite.far:
         raise ConfigError("suite.near, suite.far: at least one OOD task is needed")
+    if root.trainer.precision == "16-mixed" and root.trainer.accelerator == "cpu":
+        raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
+    _check_tasks(root)
+    check_metric(root, root.optimized_metric, "optimized_metric")
+
+
+def _check_tasks(root: Root | Evaluate) -> None:
     if root.suite.n_validation and all(isinstance(t, TaskHarness) for t in (*root.suite.near, *root.suite.far)):
-        raise ConfigError("suite.n_validation: tasks of lm_eval have no validation items, and there are no others")
+        raise ConfigError(
+            "suite.n_validation: is of OOD tasks, and there are none that have such items (those of lm_eval do not)"
+        )
     if root.suite.pass_k_n > root.task.n_validation:
         raise ConfigError(
             f"suite.pass_k_n: {root.suite.pass_k_n} problems, task.n_validation has only {root.task.n_validation}"
@@ -738,9 +798,6 @@ def _cross_checks(root: Root) -> None:
     labels = [label(t) for t in (root.task, *root.suite.near, *root.suite.far)]
     if twice := sorted({name for name in labels if labels.count(name) > 1}):
         raise ConfigError(f"task, suite.near, suite.far: {', '.join(twice)} stands there more than once")
-    if root.trainer.precision == "16-mixed" and root.trainer.accelerator == "cpu":
-        raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
-    check_metric(root, root.optimized_metric, "optimized_metric")
 
 
 def _check_sft(root: Root) -> None:

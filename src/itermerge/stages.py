@@ -442,8 +442,8 @@ class Bench:
                 had.append(s["completion"])
                 example = {"id": s["id"], "prompt": problems[s["id"]].train_prompt, "completion": s["completion"]}
                 examples.append(example | ({"hint": True} if "hint" in s else {}))
-            _write_lines(folder / "samples.jsonl", samples)
-            _write_lines(folder / "examples.jsonl", examples)
+            write_lines(folder / "samples.jsonl", samples)
+            write_lines(folder / "examples.jsonl", examples)
             votes = {i: answer for i, answer in elected.items() if answer is not None}
             true = {(s["id"], s["answer"]) for s in own if s["verdict"]}
             counts: dict[str, tuple[int, int]] = {}
@@ -596,7 +596,7 @@ class Bench:
                     own_task = accuracy.pop(f"val/{self.task.name}")
                     away = sum(accuracy.values()) / len(accuracy) if accuracy else None
                     tried[str(factor)] = {"val/id/acc": own_task, "val/ood/acc": away}
-            _write_json(folder / "search.json", tried)
+            write_json(folder / "search.json", tried)
             values = {f: v["val/id/acc"] for f, v in tried.items()}
             if policy.metric == "val/mean/acc":
                 values = {f: (v["val/id/acc"] + v["val/ood/acc"]) / 2 for f, v in tried.items()}
@@ -618,7 +618,7 @@ class Bench:
         def compute(folder: Path) -> Mapping[str, Any]:
             with progress(f"round {number}: evaluating", self.of.count) as tick, self._sampler(model) as policy:
                 scores = self.of.scores(policy, tick, **self._decode())
-            _write_json(folder / "scores.json", scores)
+            write_json(folder / "scores.json", scores)
             return {}
 
         tasks = [task_key(cfg.task), *map(task_key, self.of.ours)]
@@ -635,25 +635,15 @@ class Bench:
         same random numbers every round."""
         cfg, problems = self.cfg, self.validation[: self.cfg.suite.pass_k_n]
         how = {**self._decode(), "temperature": cfg.sampler.temperature, "top_p": cfg.sampler.top_p}
-        seed = derive_seed(cfg.suite.seed, "held_out")
+        seed = held_out_seed(cfg.suite.seed)
 
         def compute(folder: Path) -> Mapping[str, Any]:
             with (
                 progress(f"round {number}: pass@k", len(problems) * cfg.sampler.n) as tick,
                 self._sampler(model) as policy,
             ):
-                made = evaluation.sample(policy, self.task, problems, cfg.sampler.n, seed, on_progress=tick, **how)
-            flat = [(p, i, c) for p, cs in zip(problems, made, strict=True) for i, c in enumerate(cs)]
-            verdicts = verify_all(self.task, [(p, c.text, c.finished) for p, _, c in flat])
-            rows = [
-                {
-                    "id": p.id, "sample": i, "prompt": p.prompt, "completion": c.text, "answer": verdict.answer,
-                    "gold": p.answer, "verdict": verdict.correct, "reason": verdict.reason, "tokens": c.tokens,
-                    "entropy": round(c.entropy, 6),
-                }
-                for (p, i, c), verdict in zip(flat, verdicts, strict=True)
-            ]  # fmt: skip
-            _write_lines(folder / "held_out.jsonl", rows)
+                rows = held_out_rows(policy, self.task, problems, cfg.sampler.n, seed, on_progress=tick, **how)
+            write_lines(folder / "held_out.jsonl", rows)
             return {}
 
         inputs = {"model": model.digest, "task": task_key(cfg.task), "items": _ids(problems), "n": cfg.sampler.n,
@@ -671,12 +661,7 @@ class Bench:
         def compute(folder: Path) -> Mapping[str, Any]:
             out: dict[str, Any] = {}
             if held_out:
-                problems: dict[str, list[dict[str, Any]]] = {}
-                for row in read_lines(held_out.folder / "held_out.jsonl"):
-                    problems.setdefault(row["id"], []).append(row)
-                written = {row["completion"] for rows in problems.values() for row in rows}
-                tokens = {t: self.policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in written}
-                out |= diversity.sample_figures(list(problems.values()), tokens)
+                out |= sample_ratios(self.policy, read_lines(held_out.folder / "held_out.jsonl"))
             how = (self.policy.pad_id, spec.batch_size)
             with progress(f"round {number}: predictions", 3) as tick:
                 base = self._base_predictions(away) if spec.kl_n and away else []
@@ -696,7 +681,7 @@ class Bench:
                     exam = Exam("train", self.task, practised)
                     scores = evaluation.greedy_scores(policy, [exam], on_progress=lambda _: None, **self._decode())
                 out["train/acc"] = (scores["train"]["correct"], [1] * len(practised))
-            _write_json(folder / "probe.json", out)
+            write_json(folder / "probe.json", out)
             return {}
 
         inputs = {
@@ -731,7 +716,7 @@ class Bench:
                     ])  # fmt: skip
             longest = max(map(len, found), default=0)
             rows = [rows[at] for at in range(longest) for rows in found if at < len(rows)]
-            _write_lines(folder / "examples.jsonl", rows[: spec.examples])
+            write_lines(folder / "examples.jsonl", rows[: spec.examples])
             return {}
 
         tasks = [task_key(t) for t in self.of.ours]
@@ -759,7 +744,7 @@ class Bench:
                     policy.model, examples, spec.importance, pad_id=policy.pad_id, batch_size=spec.batch_size,
                     on_progress=tick,
                 )  # fmt: skip
-            _write_json(folder / f"{name}.json", importance_table(values, "verified"))
+            write_json(folder / f"{name}.json", importance_table(values, "verified"))
             return {}
 
         inputs = {
@@ -800,7 +785,7 @@ class Bench:
             if tuned.digest != model.digest:
                 before = change.layer_change(self.base_weights, self._stream(tuned))
             left = change.merge_shares(towards, self._stream(tuned), now, ratios)
-            _write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": rows, "merge": left})
+            write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": rows, "merge": left})
             return {
                 "drift": change.relative_distance(self.base_weights, now),
                 "anchor_distance": change.relative_distance(towards, now),
@@ -1098,20 +1083,59 @@ def _passes(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
     return {str(k): sum(evaluation.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
 
 
-def probe_metrics(artifact: Artifact, held_out: Sequence[int]) -> dict[str, float]:
-    """sample/*, diversity/*, kl/ood and train/acc, each with _low and _high (95%, problems resampled), and
-    gap/memorisation: accuracy on training problems minus that on `held_out`, verdicts on others of the same task."""
-    ratios: dict[str, tuple[list[float], list[float]]] = json.loads((artifact.folder / "probe.json").read_text())
+def held_out_seed(suite_seed: int) -> int:
+    """The same random numbers every round, and for every model."""
+    return derive_seed(suite_seed, "held_out")
+
+
+def held_out_rows(
+    policy: Policy, task: Task, problems: Sequence[Problem], n: int, seed: int, **how: Any
+) -> list[dict[str, Any]]:
+    """What held_out.jsonl holds: `n` samples a problem, with verdicts."""
+    made = evaluation.sample(policy, task, problems, n, seed, **how)
+    flat = [(p, i, c) for p, cs in zip(problems, made, strict=True) for i, c in enumerate(cs)]
+    verdicts = verify_all(task, [(p, c.text, c.finished) for p, _, c in flat])
+    return [
+        {
+            "id": p.id, "sample": i, "prompt": p.prompt, "completion": c.text, "answer": verdict.answer,
+            "gold": p.answer, "verdict": verdict.correct, "reason": verdict.reason, "tokens": c.tokens,
+            "entropy": round(c.entropy, 6),
+        }
+        for (p, i, c), verdict in zip(flat, verdicts, strict=True)
+    ]  # fmt: skip
+
+
+def sample_ratios(policy: Policy, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`diversity.sample_figures` of held_out.jsonl's rows."""
+    problems: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        problems.setdefault(row["id"], []).append(row)
+    written = {row["completion"] for rows in problems.values() for row in rows}
+    tokens = {t: policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in written}
+    return diversity.sample_figures(list(problems.values()), tokens)
+
+
+def ratio_intervals(ratios: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, float]:
+    """Each figure of {name: (above, below)}, with _low and _high (95%, problems resampled); none without a sample."""
     out = {}
     for name, (above, below) in ratios.items():
         if sum(below):
             value, low, high = evaluation.ratio_interval(above, below)
-            if name == "train/acc":
-                counts = (int(sum(above)), len(above)), (sum(held_out), len(held_out))
-                low, high = evaluation.wilson(*counts[0])
-                gap = zip(("", "_low", "_high"), evaluation.difference_interval(*counts), strict=True)
-                out |= {f"gap/memorisation{end}": v for end, v in gap}
             out.update({name: value, f"{name}_low": low, f"{name}_high": high})
+    return out
+
+
+def probe_metrics(artifact: Artifact, held_out: Sequence[int]) -> dict[str, float]:
+    """sample/*, diversity/*, kl/ood and train/acc, each with _low and _high (95%, problems resampled), and
+    gap/memorisation: accuracy on training problems minus that on `held_out`, verdicts on others of the same task."""
+    ratios: dict[str, tuple[list[float], list[float]]] = json.loads((artifact.folder / "probe.json").read_text())
+    out = ratio_intervals(ratios)
+    if "train/acc" in out:
+        above, below = ratios["train/acc"]
+        counts = (int(sum(above)), len(below)), (sum(held_out), len(held_out))
+        gap = zip(("", "_low", "_high"), evaluation.difference_interval(*counts), strict=True)
+        out |= {f"gap/memorisation{end}": v for end, v in gap}
+        out["train/acc_low"], out["train/acc_high"] = evaluation.wilson(*counts[0])
     return out
 
 
@@ -1239,12 +1263,12 @@ def _ids(problems: Sequence[Problem]) -> str:
     return _digest_json([dataclasses.asdict(p) for p in problems])
 
 
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    _write_lines(folder / "completions.jsonl", rows)
+    write_lines(folder / "completions.jsonl", rows)
     return {}
 
 
@@ -1278,5 +1302,5 @@ def read_pairs(path: str, key: str, first: Sequence[str]) -> list[tuple[str, str
     return found
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
