@@ -52,7 +52,8 @@ def evaluate(cfg: Evaluate, folder: Path) -> dict[str, Any]:
         for model, of in zip(found[1:], scores[1:], strict=True)
     ]
     roles = {"id": exams.task.name, "near": exams.near, "far": exams.far}
-    out = {"models": found, "compared": compared, "tasks": roles, "n": {task: s["n"] for task, s in scores[0].items()}}
+    items = {task: {"n": s["n"], "majority": s["majority"]} for task, s in scores[0].items()}
+    out = {"models": found, "compared": compared, "tasks": roles, "items": items}
     (folder / "evaluation.json").write_text(json.dumps(out, indent=1) + "\n")
     return out
 
@@ -115,11 +116,10 @@ def show(found: Mapping[str, Any]) -> None:
             table.add_column(column, justify="right" if column in ("n", "majority") else "left")
         for task, role in roles.items():
             name = "id/acc" if role == "ID" else f"ood/{task}/acc"
-            most = figures.get(f"ood/{task}/majority")
             wrong = {reason: n for reason, n in model["reasons"][task].items() if n and reason != "correct"}
             said = ", ".join(f"{n} {reason}" for reason, n in wrong.items())
-            baseline = "" if most is None else f"{100 * most:.1f}"
-            table.add_row(task, role, str(found["n"][task]), _percent(figures, name), baseline, said)
+            n, most = found["items"][task].values()
+            table.add_row(task, role, str(n), _percent(figures, name), f"{100 * most:.1f}", said)
         for side in ("ood", "ood/near", "ood/far"):
             if f"{side}/acc" in figures:
                 table.add_row(f"mean {side}", "", "", _percent(figures, f"{side}/acc"), "", "")
