@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -30,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from . import sweep, upkeep
 from .config import (
     ConfigError,
+    Export,
     ProgramPretrainLab,
     Root,
     StoreLocal,
@@ -37,6 +39,7 @@ from .config import (
     check_analyze,
     check_between,
     check_evaluate,
+    check_export,
     conf_dir,
     to_dict,
 )
@@ -140,6 +143,67 @@ def _evaluate(composed: DictConfig) -> None:
         evaluate.show(evaluate.evaluate(cfg, folder))
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
         tracking.console.print(f"folder {_short(folder)}", soft_wrap=True)
+
+
+def export_main() -> None:
+    """`itermerge-export run=DIR`."""
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="export")(_export)()
+
+
+def _export(composed: DictConfig) -> None:
+    with _door("interrupted; nothing was made"):
+        users_own_modules()
+        asked = check_export(composed)
+        run = Path(asked.run).expanduser()
+        cfg = _config_of(run)
+        _set_threads(cfg.threads)
+        _quiet(cfg.threads)
+        from . import export, tracking
+
+        number = export.round_of(run, asked.round)
+        out = run / "export" / export.name_of(asked.round) if asked.out is None else Path(asked.out).expanduser()
+        export.check_out(out)
+        with _weights_of(cfg, run, number, out.parent) as model:
+            export.export(cfg, run, number, model, out, asked.dtype, asked.decoding)
+        tracking.console.print(f"round {number} of {_short(run)} in {_short(out)}", soft_wrap=True, highlight=False)
+
+
+def _config_of(run: Path) -> Root:
+    """The config of a run folder. Raises ConfigError."""
+    if (run / sweep.FILE).is_file():
+        raise ConfigError(f"run: {run} holds a sweep; give one of its jobs, as {run}/0")
+    if not (run / "config.yaml").is_file() or not (run / "rounds.jsonl").is_file():
+        raise ConfigError(f"run: {run} is no run folder: there is no config.yaml or no rounds.jsonl in it")
+    loaded = OmegaConf.load(run / "config.yaml")
+    assert isinstance(loaded, DictConfig)
+    try:
+        return check(loaded)
+    except ConfigError as error:
+        raise ConfigError(f"run: {run}/config.yaml is not of this version of itermerge: {error}") from error
+
+
+@contextmanager
+def _weights_of(cfg: Root, run: Path, number: int, near: Path) -> Iterator[Path]:
+    """The folder of a round's weights. Where they were not kept, the run is gone through again in a folder in `near`:
+    its stages are found in its store, and what is missing there is computed."""
+    from . import export, loop, stages, tracking
+
+    if (model := export.placed(run, number)) is not None:
+        yield model
+        return
+    if not number:
+        yield stages.folder_of(cfg.model, cfg.paths)
+        return
+    found = f"what {cfg.store.dir} has of it is found" if isinstance(cfg.store, StoreLocal) else "all of it, store=none"
+    log.warning("the weights of round %d were not kept: the run is computed again up to them (%s)", number, found)
+    cfg.export = Export(dtype="float32", decoding="greedy", rounds=[number])
+    near.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="again-", dir=near) as scratch:
+        again = Path(scratch)
+        claim(again, cfg)
+        loop.run(cfg, again, tracking.NullTracker())
+        export.check_same(run, again, number)
+        yield again / "export" / export.name_of(number)
 
 
 @contextmanager

@@ -388,6 +388,21 @@ class Loop:
 
 
 @dataclass
+class _Folder:
+    dtype: str = knob(among=("float32", "bfloat16"))
+    decoding: str = knob(
+        among=("greedy", "sampled")
+    )  # as the run evaluates, or as it practises: generation_config.json
+
+
+@dataclass
+class Export(_Folder):
+    """Hugging Face folders of a run's models, made when it ends."""
+
+    rounds: list[Any] = MISSING  # of final, best, and numbers
+
+
+@dataclass
 class Paths:
     home: str = MISSING
     models: str = MISSING
@@ -414,6 +429,7 @@ class Root:
     trainer: Trainer = field(default_factory=Trainer)
     analysis: Analysis = field(default_factory=Analysis)
     loop: Loop = field(default_factory=Loop)
+    export: Export = field(default_factory=Export)
     logger: Any = None
     store: Any = None
     sweep: Sweep = field(default_factory=Sweep)
@@ -445,6 +461,15 @@ class Analyze:
     sampler: Any = None
     analysis: AnalyzeAnalysis = field(default_factory=AnalyzeAnalysis)
     paths: Paths = field(default_factory=Paths)
+
+
+@dataclass
+class ExportOf(_Folder):
+    """The config of `itermerge-export`: a run's folder, and which of its models becomes a folder of its own."""
+
+    run: str = MISSING
+    round: Any = MISSING  # final, best, or a number
+    out: str | None = MISSING  # null: RUN/export/ROUND
 
 
 @dataclass
@@ -568,6 +593,18 @@ def check_evaluate(composed: DictConfig, typed: Sequence[str] = ()) -> Evaluate:
     return made
 
 
+def check_export(composed: DictConfig) -> ExportOf:
+    """`composed` as the config of `itermerge-export`. Raises ConfigError."""
+    made: ExportOf = _merge(OmegaConf.structured(ExportOf), _plain(composed), "")
+    if not _is_round(made.round):
+        raise ConfigError(f"round: must be final, best, or a number from 0, got {made.round!r}")
+    return made
+
+
+def _is_round(value: Any) -> bool:
+    return value in ("final", "best") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
+
+
 def check_analyze(composed: DictConfig) -> Analyze:
     """`composed` as the config of `itermerge-analyze`. Raises ConfigError."""
     raw = _plain(composed)
@@ -671,7 +708,7 @@ def _check_analysis(analysis: Analysis | AnalyzeAnalysis) -> None:
         raise ConfigError(f"analysis.effective_rank: must be true, false or auto, got {asked_ranks!r}")
 
 
-def to_dict(root: Root | Analyze | Between | Evaluate) -> dict[str, Any]:
+def to_dict(root: Root | Analyze | Between | Evaluate | ExportOf) -> dict[str, Any]:
     """The resolved config as plain containers."""
     return dataclasses.asdict(root)
 
@@ -756,6 +793,11 @@ def _cross_checks(root: Root) -> None:
             )
         _check_policy(root, root.merge)
     _check_sft(root)
+    for value in (wanted := root.export.rounds):
+        if not _is_round(value) or (isinstance(value, int) and value > root.rounds):
+            raise ConfigError(f"export.rounds: takes final, best, and numbers from 0 to {root.rounds}; got {value!r}")
+    if len(set(map(str, wanted))) < len(wanted):
+        raise ConfigError(f"export.rounds: {', '.join(map(str, wanted))} names one twice")
     targets = root.model.lora.targets
     if targets != "all-linear" and not (
         isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)

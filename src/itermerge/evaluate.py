@@ -26,13 +26,9 @@ def evaluate(cfg: Evaluate, folder: Path) -> dict[str, Any]:
     """Writes the folder; what evaluation.json holds: `models`, each with its figures and reasons by task, and
     `compared`, each of the others' differences to `model`, paired by item. Raises TaskError or PolicyError, before any
     model loads where that can be told."""
-    device, trust = stages.device_of(cfg.accelerator), False
-    if isinstance(cfg.model, ModelLab):
-        given, first = f"lab, seed {cfg.model.seed}", stages.lab_folder(cfg.model.seed, cfg.paths.models)
-    else:
-        given, trust = cfg.model.path, cfg.model.trust_remote_code
-        first = resolve(cfg.model.path, cfg.model.revision)
-    models = {"": (given, first)}
+    device, trust = stages.device_of(cfg.accelerator), getattr(cfg.model, "trust_remote_code", False)
+    given = f"lab, seed {cfg.model.seed}" if isinstance(cfg.model, ModelLab) else cfg.model.path
+    models = {"": (given, stages.folder_of(cfg.model, cfg.paths))}
     models |= {f"other_{i}": (path, resolve(path, key="others")) for i, path in enumerate(cfg.others, 1)}
     for _, at in models.values():
         check_folder(at)

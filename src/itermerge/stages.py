@@ -35,7 +35,9 @@ from .config import (
     ConfigError,
     MergeEvents,
     MergeNone,
+    ModelHF,
     ModelLab,
+    Paths,
     Root,
     Suite,
     TaskHarness,
@@ -124,6 +126,13 @@ def lab_folder(seed: int, models: str) -> Path:
             f"model.seed: {folder} is not there; make it with: itermerge experiment=pretrain_lab model.seed={seed}"
         )
     return folder
+
+
+def folder_of(model: ModelLab | ModelHF, paths: Paths) -> Path:
+    """The folder of a config's model, from the hub where it is there. Raises TaskError or PolicyError."""
+    if isinstance(model, ModelLab):
+        return lab_folder(model.seed, paths.models)
+    return resolve(model.path, model.revision)
 
 
 def build_task(spec: Any) -> Task:
@@ -268,10 +277,7 @@ class Bench:
         for exam in (*of.test, *of.choosing):
             if exam.task.name != self.task.name:
                 check_disjoint(f"{self.task.name} and {exam.label}", {"train": first, "items": exam.problems})
-        if isinstance(cfg.model, ModelLab):
-            folder, self.trust = lab_folder(cfg.model.seed, cfg.paths.models), False
-        else:
-            folder, self.trust = resolve(cfg.model.path, cfg.model.revision), cfg.model.trust_remote_code
+        folder, self.trust = folder_of(cfg.model, cfg.paths), getattr(cfg.model, "trust_remote_code", False)
         self.replay, self.written = self._read_files()
         self.policy = Policy(folder, trust_remote_code=self.trust, device=self.device)
         self.extras = _extras_digest(folder)
@@ -761,7 +767,7 @@ class Bench:
         def compute(folder: Path) -> Mapping[str, Any]:
             before, after = self._stream(start), self._stream(tuned)
             update = change.update_of(before, after)
-            other = self._whole(earlier, Checkpoint) if earlier else None
+            other = self.with_weights(earlier, Checkpoint) if earlier else None
             save_file(update, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             figures = change.update_figures(before, after, update, other, ranks=ranks, device=self.device)
             return {"rows": figures}
@@ -809,7 +815,7 @@ class Bench:
                 if file.is_file() and file.name not in NOT_THE_MODEL and not file.name.startswith("."):
                     place(file, target / file.name, link=folder != self.base.folder)
 
-        self._whole(model, put)
+        self.with_weights(model, put)
 
     def shared_fit(self, number: int) -> bool:
         """Whether runs with other ratios have the same fit: in round 1, without merge events inside it."""
@@ -842,10 +848,10 @@ class Bench:
         return digest
 
     def _weights(self, model: Model) -> Weights:
-        return self.base_weights if model.digest == self.base.digest else self._whole(model, read_weights)
+        return self.base_weights if model.digest == self.base.digest else self.with_weights(model, read_weights)
 
-    def _whole(self, model: Model, use: Callable[[Path], T]) -> T:
-        """use(folder of the model), its weights computed again if they were dropped."""
+    def with_weights(self, model: Model, use: Callable[[Path], T]) -> T:
+        """use(folder of the model), its weights computed again first if they were dropped."""
         for _ in range(10):  # another run may drop them between the two lines
             if model.restore is not None and not (model.folder / WEIGHTS_FILE).exists():
                 model.restore()
@@ -857,7 +863,7 @@ class Bench:
         raise FileNotFoundError(f"{model.folder}: other runs keep dropping its weights; use store.keep=all")
 
     def _stream(self, model: Model) -> Weights:
-        return self.base_weights if model.digest == self.base.digest else self._whole(model, Checkpoint)
+        return self.base_weights if model.digest == self.base.digest else self.with_weights(model, Checkpoint)
 
     def _examples(self, texts: Iterable[tuple[str, str]]) -> list[Example]:
         encode, close = self.policy.encode_prompt, self.policy.encode_completion
