@@ -72,9 +72,12 @@ def check_same(run: Path, again: Path, number: int) -> None:
         )
 
 
-def export(cfg: Root, run: Path, number: int, model: Path, out: Path, dtype: str, decoding: str) -> None:
-    """Makes `out` from the weights in `model`, which are those of round `number` of the run. Raises ExportError where
-    `out` exists or the disk is too small."""
+def export(
+    cfg: Root, run: Path, number: int, model: Path, out: Path, dtype: str, decoding: str, like: Path | None = None
+) -> None:
+    """Makes `out` from the weights in `model`, which are those of round `number` of the run, and the other files of
+    `like` (default: of `model`). Raises ExportError where `out` exists or the disk is too small."""
+    like = like or model
     check_out(out)
     weights, kind = Checkpoint(model), getattr(torch, dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -85,9 +88,9 @@ def export(cfg: Root, run: Path, number: int, model: Path, out: Path, dtype: str
             "free; give another out, or free space"
         )
     with _whole(out) as folder:
-        write_folder(folder, weights, model, kind)
+        write_folder(folder, weights, like, kind)
         trust = getattr(cfg.model, "trust_remote_code", False)
-        generation_config(cfg, model, decoding, trust).save_pretrained(folder)
+        generation_config(cfg, like, decoding, trust).save_pretrained(folder)
         provenance = {}
         with suppress(FileNotFoundError):
             provenance = json.loads((run / "provenance.json").read_text())

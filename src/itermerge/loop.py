@@ -102,7 +102,7 @@ def export_rounds(cfg: Root, folder: Path, bench: Bench, history: list[Model]) -
         if number in made:
             export.twin(made[number], out)
             continue
-        how = (out, cfg.export.dtype, cfg.export.decoding)
+        how = (out, cfg.export.dtype, cfg.export.decoding, bench.base.folder)
         bench.with_weights(history[number], lambda at, n=number, how=how: export.export(cfg, folder, n, at, *how))
         made[number] = out
 
