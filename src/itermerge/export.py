@@ -182,7 +182,8 @@ def card(cfg: Root, run: Path, number: int, dtype: str, decoding: str, provenanc
             "itermerge", "torch", "transformers", "python")) or f"itermerge {version('itermerge')}",
         **({"commit": provenance["commit"]} if provenance.get("commit") else {}),
     })  # fmt: skip
-    lines += ["Accuracy in %, greedy, with 95% intervals (ID: in-domain, OOD: out-of-domain):", ""]
+    lines += [f"Accuracy in %, greedy, up to {cfg.suite.n} test items a task, with 95% intervals (ID: in-domain, OOD: "
+              "out-of-domain):", ""]  # fmt: skip
     columns = ["base"] + ([f"round {number}"] if number else [])
     lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     lines += [f"| {said} | {' | '.join(cells)} |" for said, cells in _figures(cfg, rounds, number)]
@@ -223,12 +224,12 @@ def _training(cfg: Root, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     if merge.kind == "none":
         return facts | {"merge": "none"}
     parameters = ", ".join(f"{key}={value}" for key, value in recipes.parameters_of(vars(merge)).items())
-    at = merge.every_n_epochs
+    at = {"last": "once a round", 1: "after each epoch"}.get(merge.every_n_epochs)
     policy = "" if merge.policy.kind == "constant" else f", times the factors of policy {merge.policy.kind}"
     return facts | {
         "merge": f"{merge.kind} ({parameters})",
         "ratio": f"{merge.ratio:g}{policy}",
-        "anchor": f"{merge.anchor}, {'once a round' if at == 'last' else f'every {at} epochs'}",
+        "anchor": f"{merge.anchor}, {at or f'after every {merge.every_n_epochs} epochs'}",
     }
 
 
