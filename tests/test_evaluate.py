@@ -86,6 +86,7 @@ def test_paired_interval() -> None:
     assert evaluation.paired_interval([[1, 0], [0]], [[1, 0], [0]]) == (0.0, 0.0, 0.0)
     value, low, high = evaluation.paired_interval([[0] * 50, [1]], [[1] * 50, [0]])  # +1 and -1, a mean of tasks
     assert (value, low, high) == (0.0, 0.0, 0.0)
+    assert evaluation.paired_interval([[0] * 4, [0]], [[1] * 4, [0]])[0] == 0.5
     won = [1] * 30 + [0] * 70
     value, low, high = evaluation.paired_interval([[0] * 100], [won])
     half = 1.96 * (0.3 * 0.7 / 100) ** 0.5

@@ -101,7 +101,8 @@ def test_the_card_has_the_runs_figures(run: Path) -> None:
     learnt = [int(m["train_sample/examples"]) for m in rounds[1:]]
     assert f"| examples learnt, by round | {learnt[0]}, {learnt[1]} |" in card
     for said in ("# Round 2 of 2: find", "the lab's base, seed 0", "find (lab): 16 problems, the same each round",
-                 "| merge | linear (", "| ratio | 0.5 |", "| anchor | base, after each epoch |", "| seed | 0 |"):  # fmt: skip
+                 "| merge | linear (", "| ratio | 0.5 |", "| anchor | base, after each epoch |",
+                 "| seed | 0 |", "up to 8 test items a task"):  # fmt: skip
         assert said in card
     prompt = json.loads((run / "rounds/02/samples.jsonl").read_text().splitlines()[0])["prompt"]
     assert f"~~~text\n{prompt}\n~~~" in card
