@@ -239,7 +239,7 @@ def _imports(file: Path) -> set[str]:
 
 MODULES = {str(f.relative_to(SOURCE)): _imports(f) for f in SOURCE.rglob("*.py")}
 LEAVES = {m for m in MODULES if m.split("/")[0].removesuffix(".py") in (
-    "weights", "policy", "sft", "merging", "evaluation", "analysis", "store", "tasks"
+    "weights", "policy", "sft", "merging", "evaluation", "harness", "analysis", "store", "tasks"
 )}  # fmt: skip
 
 

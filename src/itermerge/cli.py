@@ -12,10 +12,12 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing import current_process
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,12 +31,15 @@ from omegaconf import DictConfig, OmegaConf
 from . import sweep, upkeep
 from .config import (
     ConfigError,
+    Export,
     ProgramPretrainLab,
     Root,
     StoreLocal,
     check,
     check_analyze,
     check_between,
+    check_evaluate,
+    check_export,
     conf_dir,
     to_dict,
 )
@@ -79,7 +84,7 @@ def analyze_main() -> None:
 
 def _analyze(composed: DictConfig) -> None:
     folder = Path(HydraConfig.get().runtime.output_dir)
-    try:
+    with _door():
         cfg = check_analyze(composed)
         if (folder / "layers.json").exists() or (folder / "config.yaml").exists():
             raise Occupied(f"out: {folder} holds something already, which is never overwritten; give another out")
@@ -102,12 +107,6 @@ def _analyze(composed: DictConfig) -> None:
         tracking.console.print(f"folder {_short(folder)}, report {_short(made[0])}", soft_wrap=True)
         if failed:
             raise failed
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Exception as error:
-        if _expected(error):
-            die(str(error))
-        raise
 
 
 def merge_main() -> None:
@@ -116,7 +115,7 @@ def merge_main() -> None:
 
 
 def _merge(composed: DictConfig) -> None:
-    try:
+    with _door("interrupted; the same command goes on from what is written"):
         users_own_modules()
         typed = list(HydraConfig.get().overrides.task)
         cfg = check_between(composed, typed)
@@ -124,8 +123,97 @@ def _merge(composed: DictConfig) -> None:
         from . import checkpoints
 
         checkpoints.merge(cfg, typed)
+
+
+def evaluate_main() -> None:
+    """`itermerge-evaluate model=hf model.path=DIR`."""
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="evaluate")(_evaluate)()
+
+
+def _evaluate(composed: DictConfig) -> None:
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with _door():
+        cfg = check_evaluate(composed, list(HydraConfig.get().overrides.task))
+        if (folder / "evaluation.json").exists() or (folder / "config.yaml").exists():
+            raise Occupied(f"out: {folder} holds something already, which is never overwritten; give another out")
+        _set_threads(cfg.threads)
+        _quiet(cfg.threads)
+        from . import evaluate, tracking
+
+        evaluate.show(evaluate.evaluate(cfg, folder))
+        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
+        tracking.console.print(f"folder {_short(folder)}", soft_wrap=True)
+
+
+def export_main() -> None:
+    """`itermerge-export run=DIR`."""
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="export")(_export)()
+
+
+def _export(composed: DictConfig) -> None:
+    with _door("interrupted; nothing was made"):
+        users_own_modules()
+        asked = check_export(composed)
+        run = Path(asked.run).expanduser()
+        cfg = _config_of(run)
+        _set_threads(cfg.threads)
+        _quiet(cfg.threads)
+        from . import export, tracking
+
+        number = export.round_of(run, asked.round)
+        out = run / "export" / export.name_of(asked.round) if asked.out is None else Path(asked.out).expanduser()
+        export.check_out(out)
+        with _weights_of(cfg, run, number, out.parent) as model:
+            export.export(cfg, run, number, model, out, asked.dtype, asked.decoding)
+        tracking.console.print(f"round {number} of {_short(run)} in {_short(out)}", soft_wrap=True, highlight=False)
+
+
+def _config_of(run: Path) -> Root:
+    """The config of a run folder. Raises ConfigError."""
+    if (run / sweep.FILE).is_file():
+        raise ConfigError(f"run: {run} holds a sweep; give one of its jobs, as {run}/0")
+    if not (run / "config.yaml").is_file() or not (run / "rounds.jsonl").is_file():
+        raise ConfigError(f"run: {run} is no run folder: there is no config.yaml or no rounds.jsonl in it")
+    loaded = OmegaConf.load(run / "config.yaml")
+    assert isinstance(loaded, DictConfig)
+    try:
+        return check(loaded)
+    except ConfigError as error:
+        raise ConfigError(f"run: {run}/config.yaml is not of this version of itermerge: {error}") from error
+
+
+@contextmanager
+def _weights_of(cfg: Root, run: Path, number: int, near: Path) -> Iterator[Path]:
+    """The folder of a round's weights. Where they were not kept, the run is gone through again in a folder in `near`:
+    its stages are found in its store, and what is missing there is computed."""
+    from . import export, loop, stages, tracking
+
+    if (model := export.placed(run, number)) is not None:
+        yield model
+        return
+    if not number:
+        yield stages.folder_of(cfg.model, cfg.paths)
+        return
+    found = f"what {cfg.store.dir} has of it is found" if isinstance(cfg.store, StoreLocal) else "all of it, store=none"
+    log.warning("the weights of round %d were not kept: the run is computed again up to them (%s)", number, found)
+    cfg.export = Export(dtype="float32", decoding="greedy", rounds=[number])
+    near.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="again-", dir=near) as scratch:
+        again = Path(scratch)
+        claim(again, cfg)
+        loop.run(cfg, again, tracking.NullTracker())
+        export.check_same(run, again, number)
+        yield again / "export" / export.name_of(number)
+
+
+@contextmanager
+def _door(interrupted: str | None = None) -> Iterator[None]:
+    """How a command beside `itermerge` itself ends: with one line for what a user can mend, with 130 on Ctrl-C."""
+    try:
+        yield
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is written", file=sys.stderr)
+        if interrupted:
+            print(interrupted, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if _expected(error):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,20 @@ class TaskHub:
     shots_file: str | None = None  # word_problems, math, choice, boolean, or a file of {"question", "solution"} lines
     stop: list[str] | None = None  # strings that end a completion; null: the prompt's own
     label: str = ""  # in metrics; default: the last part of path
+
+
+@dataclass
+class TaskHarness:
+    """A task of lm-evaluation-harness, for suites alone: no prompts of ours, no solutions to learn from."""
+
+    kind: str = "lm_eval"
+    task: str = MISSING  # its name there
+    label: str = ""  # in metrics; default: task
+    metric: str = (
+        MISSING  # acc, acc_norm, exact_match, ..., 0 or 1 an item; with its filter as "exact_match,strict-match"
+    )
+    num_fewshot: int | None = field(default=None, metadata={"ge": 0})  # null: the task's own
+    include_path: str | None = None  # a folder of task files beside lm_eval's
 
 
 @dataclass
@@ -406,6 +420,21 @@ class Loop:
 
 
 @dataclass
+class _Folder:
+    dtype: str = knob(among=("float32", "bfloat16"))
+    decoding: str = knob(
+        among=("greedy", "sampled")
+    )  # as the run evaluates, or as it practises: generation_config.json
+
+
+@dataclass
+class Export(_Folder):
+    """Hugging Face folders of a run's models, made when it ends."""
+
+    rounds: list[Any] = MISSING  # of final, best, and numbers
+
+
+@dataclass
 class Paths:
     home: str = MISSING
     models: str = MISSING
@@ -432,6 +461,7 @@ class Root:
     trainer: Trainer = field(default_factory=Trainer)
     analysis: Analysis = field(default_factory=Analysis)
     loop: Loop = field(default_factory=Loop)
+    export: Export = field(default_factory=Export)
     logger: Any = None
     store: Any = None
     sweep: Sweep = field(default_factory=Sweep)
@@ -462,6 +492,30 @@ class Analyze:
     task: Any = None
     sampler: Any = None
     analysis: AnalyzeAnalysis = field(default_factory=AnalyzeAnalysis)
+    paths: Paths = field(default_factory=Paths)
+
+
+@dataclass
+class ExportOf(_Folder):
+    """The config of `itermerge-export`: a run's folder, and which of its models becomes a folder of its own."""
+
+    run: str = MISSING
+    round: Any = MISSING  # final, best, or a number
+    out: str | None = MISSING  # null: RUN/export/ROUND
+
+
+@dataclass
+class Evaluate:
+    """The config of `itermerge-evaluate`: models, and the task and suite that they are evaluated on."""
+
+    others: list[str] = MISSING  # further models, each compared with `model`
+    out: str = MISSING
+    threads: int = knob(ge=1)
+    accelerator: str = knob(among=("auto", "cpu", "gpu"))
+    model: Any = None
+    task: Any = None
+    suite: Suite = field(default_factory=Suite)
+    sampler: Any = None
     paths: Paths = field(default_factory=Paths)
 
 
@@ -498,7 +552,7 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "store": {"local": StoreLocal, "none": StoreNone},
 }
 PRACTICE = frozenset(f.name for f in dataclasses.fields(_Practice))
-EXAMS: Mapping[str, type] = {"lab": TaskLab, "gym": TaskGym, "hub": TaskHub}
+EXAMS: Mapping[str, type] = {"lab": TaskLab, "gym": TaskGym, "hub": TaskHub, "lm_eval": TaskHarness}
 
 
 def conf_dir() -> Path:
@@ -511,13 +565,20 @@ def check(composed: DictConfig) -> Root:
     """`composed` as a Root, every key known, of its type, in its range. Raises ConfigError."""
     raw = _plain(composed)
     _check_list(raw)
-    schema = OmegaConf.structured(Root)
     rule = raw.get("merge")
     if isinstance(rule, dict) and rule.get("kind") == "none" and len(rule) > 1:
         key = next(k for k in rule if k != "kind")
         raise ConfigError(f"merge.{key}: merge=none has no keys; where an experiment sets some, use merge.ratio=1")
-    for group, kinds in KINDS.items():
-        schema[group] = OmegaConf.structured(_kind(kinds, raw.get(group), group))
+    root: Root = _with_suite(Root, KINDS, raw)
+    _cross_checks(root)
+    return root
+
+
+def _with_suite(made: type, groups: Iterable[str], raw: dict[str, Any]) -> Any:
+    """`raw` as a config that has `groups` and a suite, whose tasks differ in kind."""
+    schema = OmegaConf.structured(made)
+    for group in groups:
+        schema[group] = OmegaConf.structured(_kind(KINDS[group], raw.get(group), group))
     suite = raw.get("suite")
     exams: dict[str, list[Any]] = {}
     if isinstance(suite, dict):
@@ -533,10 +594,51 @@ def check(composed: DictConfig) -> Root:
                 for i, item in enumerate(listed)
             ]
         raw["suite"] = suite | {"near": [], "far": []}
-    root: Root = _merge(schema, raw, "")
-    root.suite.near, root.suite.far = exams["near"], exams["far"]
-    _cross_checks(root)
+    root: Any = _merge(schema, raw, "")
+    if exams:
+        root.suite.near, root.suite.far = exams["near"], exams["far"]
     return root
+
+
+# Keys that say how a run practises; an evaluation has none of that.
+_OF_RUNS = (
+    "model.lora",
+    "task.n_train",
+    "task.problems",
+    "task.max_solutions",
+    "task.labels",
+    "task.train_shots",
+    "sampler.hints",
+    "suite.pre_merge",
+)
+
+
+def check_evaluate(composed: DictConfig, typed: Sequence[str] = ()) -> Evaluate:
+    """`composed` as the config of `itermerge-evaluate`; `typed` are the overrides of its command line. Raises
+    ConfigError."""
+    for word in typed:
+        key = word.lstrip("+~").partition("=")[0]
+        if any(key == name or key.startswith(f"{name}.") for name in _OF_RUNS):
+            raise ConfigError(f"{key}: is of training; itermerge-evaluate has none")
+    raw = _plain(composed)
+    others = raw.get("others")
+    if not isinstance(others, list) or not all(isinstance(path, str) for path in others):
+        raise ConfigError(f"others: expected a list of folders or hub names, as [A,B]; got {others!r}")
+    made: Evaluate = _with_suite(Evaluate, ("model", "task", "sampler"), raw)
+    _check_tasks(made)
+    return made
+
+
+def check_export(composed: DictConfig) -> ExportOf:
+    """`composed` as the config of `itermerge-export`. Raises ConfigError."""
+    made: ExportOf = _merge(OmegaConf.structured(ExportOf), _plain(composed), "")
+    if not _is_round(made.round):
+        raise ConfigError(f"round: must be final, best, or a number from 0, got {made.round!r}")
+    return made
+
+
+def _is_round(value: Any) -> bool:
+    return value in ("final", "best") or (isinstance(value, int) and not isinstance(value, bool) and value >= 0)
 
 
 def check_analyze(composed: DictConfig) -> Analyze:
@@ -642,7 +744,7 @@ def _check_analysis(analysis: Analysis | AnalyzeAnalysis) -> None:
         raise ConfigError(f"analysis.effective_rank: must be true, false or auto, got {asked_ranks!r}")
 
 
-def to_dict(root: Root | Analyze | Between) -> dict[str, Any]:
+def to_dict(root: Root | Analyze | Between | Evaluate | ExportOf) -> dict[str, Any]:
     """The resolved config as plain containers."""
     return dataclasses.asdict(root)
 
@@ -727,6 +829,11 @@ def _cross_checks(root: Root) -> None:
             )
         _check_policy(root, root.merge)
     _check_sft(root)
+    for value in (wanted := root.export.rounds):
+        if not _is_round(value) or (isinstance(value, int) and value > root.rounds):
+            raise ConfigError(f"export.rounds: takes final, best, and numbers from 0 to {root.rounds}; got {value!r}")
+    if len(set(map(str, wanted))) < len(wanted):
+        raise ConfigError(f"export.rounds: {', '.join(map(str, wanted))} names one twice")
     targets = root.model.lora.targets
     if targets != "all-linear" and not (
         isinstance(targets, list) and targets and all(isinstance(t, str) for t in targets)
@@ -740,6 +847,17 @@ def _cross_checks(root: Root) -> None:
         raise ConfigError(f"sweep.gpus: must be null, all, or a list of GPU numbers as [0,1]; got {gpus!r}")
     if not root.suite.near and not root.suite.far:
         raise ConfigError("suite.near, suite.far: at least one OOD task is needed")
+    if root.trainer.precision == "16-mixed" and root.trainer.accelerator == "cpu":
+        raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
+    _check_tasks(root)
+    check_metric(root, root.optimized_metric, "optimized_metric")
+
+
+def _check_tasks(root: Root | Evaluate) -> None:
+    if root.suite.n_validation and all(isinstance(t, TaskHarness) for t in (*root.suite.near, *root.suite.far)):
+        raise ConfigError(
+            "suite.n_validation: is of OOD tasks, and there are none that have such items (those of lm_eval do not)"
+        )
     if root.suite.pass_k_n > root.task.n_validation:
         raise ConfigError(
             f"suite.pass_k_n: {root.suite.pass_k_n} problems, task.n_validation has only {root.task.n_validation}"
@@ -758,9 +876,6 @@ def _cross_checks(root: Root) -> None:
     labels = [label(t) for t in (root.task, *root.suite.near, *root.suite.far)]
     if twice := sorted({name for name in labels if labels.count(name) > 1}):
         raise ConfigError(f"task, suite.near, suite.far: {', '.join(twice)} stands there more than once")
-    if root.trainer.precision == "16-mixed" and root.trainer.accelerator == "cpu":
-        raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
-    check_metric(root, root.optimized_metric, "optimized_metric")
 
 
 def _check_sft(root: Root) -> None:
@@ -907,7 +1022,8 @@ def check_metric(root: Root, metric: str, key: str) -> None:
     ood = [label(t) for t in (*root.suite.near, *root.suite.far)]
     known = {"val/id/acc", "id/acc", f"id/{label(root.task)}/acc", "ood/acc", *(f"ood/{name}/acc" for name in ood)}
     known |= {f"ood/{side}/acc" for side in sides}
-    validation = {"val/ood/acc", *(f"val/ood/{side}/acc" for side in sides)}
+    asked = [side for side in sides if any(not isinstance(t, TaskHarness) for t in getattr(root.suite, side))]
+    validation = {"val/ood/acc", *(f"val/ood/{side}/acc" for side in asked)} if asked else set()
     if metric in validation and not root.suite.n_validation:
         raise ConfigError(f"{key}: {metric} needs validation items of the OOD tasks; set suite.n_validation, as to 50")
     if metric not in known | validation:
@@ -920,6 +1036,8 @@ def label(task: Any) -> str:
         return task.label or task.dataset
     if isinstance(task, TaskHub):
         return task.label or Path(task.path).name.split(".")[0].lower()
+    if isinstance(task, TaskHarness):
+        return task.label or task.task
     return task.family
 
 

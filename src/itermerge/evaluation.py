@@ -123,6 +123,20 @@ def difference_interval(a: tuple[int, int], b: tuple[int, int]) -> tuple[float, 
     return p - q, p - q - math.hypot(p - low_a, high_b - q), p - q + math.hypot(high_a - p, q - low_b)
 
 
+def paired_interval(
+    before: Sequence[Sequence[int]], now: Sequence[Sequence[int]], resamples: int = 2000
+) -> tuple[float, float, float]:
+    """Mean over tasks of the difference `now` - `before` in accuracy, with a 95% bootstrap interval: items resampled
+    within each task, paired. Each has a list of 0 and 1 a task, items in the same order."""
+    rng, value, drawn = np.random.default_rng(0), 0.0, np.zeros(resamples)
+    for then, after in zip(before, now, strict=True):
+        gain = np.subtract(after, then).astype(float)
+        counts = rng.multinomial(len(gain), np.full(len(gain), 1 / len(gain)), resamples)
+        value, drawn = value + float(gain.mean()), drawn + (counts @ gain) / len(gain)
+    low, high = np.percentile(drawn / len(before), [2.5, 97.5])
+    return value / len(before), float(low), float(high)
+
+
 def gap_interval(
     base: Mapping[str, Any], now: Mapping[str, Any], id_task: str, ood: Sequence[str], resamples: int = 2000
 ) -> tuple[float, float, float]:
@@ -166,8 +180,8 @@ def metrics(scores: Mapping[str, Any], id_task: str, near: Sequence[str], far: S
     for name, labels in {"ood": [*near, *far], "ood/near": near, "ood/far": far}.items():
         if labels:
             put(f"{name}/acc", *mean_interval([scores[label]["correct"] for label in labels]))
-        if labels and all(f"val/{label}" in scores for label in labels):
-            put(f"val/{name}/acc", *mean_interval([scores[f"val/{label}"]["correct"] for label in labels]))
+        if choosing := [f"val/{label}" for label in labels if f"val/{label}" in scores]:
+            put(f"val/{name}/acc", *mean_interval([scores[label]["correct"] for label in choosing]))
     for label in [*near, *far]:
         put_task(f"ood/{label}/acc", label)
         out[f"ood/{label}/majority"] = scores[label]["majority"]

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from . import stages, tracking
+from . import export, stages, tracking
 from .config import Root, StoreLocal
 from .merging import MergeError
 from .stages import Anchor, Bench, EmptyRound, Merged, Model, Round
@@ -48,6 +48,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
         past: list[tuple[Model, Model]] = []  # (tuned, start) of each round that was fitted
         record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base))
         look_at_base(record.rounds[0])
+        last = cfg.rounds if not cfg.export.rounds else None  # the end, where weights may go
 
         for t in range(1, cfg.rounds + 1):
             anchor = Anchor(bench, getattr(cfg.merge, "anchor", "base"), history)
@@ -67,7 +68,7 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
                     merged=merged,
                     scores=bench.evaluate(history[-1], t),
                 )
-                drop_weights(bench, made, history, tuned, past, record.update, done=t == cfg.rounds)
+                drop_weights(bench, made, history, tuned, past, record.update, done=t == last)
                 continue
             record.measure_importance(bench, samples)
             examples = unique([*examples, *solutions]) if cfg.sft.data == "accumulate" else solutions
@@ -84,11 +85,28 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
                 pre_scores=bench.evaluate(tuned, t) if cfg.suite.pre_merge else None,
                 scores=bench.evaluate(merged.model, t), layers=layers,
             )  # fmt: skip
-            drop_weights(bench, made, history, tuned, past, record.update, done=t == cfg.rounds)
+            drop_weights(bench, made, history, tuned, past, record.update, done=t == last)
 
-    summary = record.summary(bench, time.perf_counter() - started)
+        summary = record.summary(bench, time.perf_counter() - started)
+        if cfg.export.rounds:
+            export_rounds(cfg, folder, bench, history)
+            drop_weights(bench, made, history, tuned, past, record.update, done=True)
     shutil.rmtree(private, ignore_errors=True)
     return summary
+
+
+def export_rounds(cfg: Root, folder: Path, bench: Bench, history: list[Model]) -> None:
+    """The Hugging Face folders of export.rounds; a round that is asked for under two names is written once."""
+    shutil.rmtree(folder / "export", ignore_errors=True)  # of this run, when it did not come to its end
+    made: dict[int, Path] = {}
+    for wanted in cfg.export.rounds:
+        number, out = export.round_of(folder, wanted), folder / "export" / export.name_of(wanted)
+        if number in made:
+            export.twin(made[number], out)
+            continue
+        how = (out, cfg.export.dtype, cfg.export.decoding, bench.base.folder)
+        bench.with_weights(history[number], lambda at, n=number, how=how: export.export(cfg, folder, n, at, *how))
+        made[number] = out
 
 
 def drop_weights(

@@ -29,7 +29,7 @@ class Policy:
         )
         self.model: Any = model.to(device)
         self.model.eval()
-        self.eos_ids = _eos_ids(self.folder, self.tokenizer, self.model)
+        self.eos_ids = eos_ids_of(self.folder, self.tokenizer, self.model.generation_config)
         # Padding is masked, and losses are built from lengths, so any token will do; pad = eos is safe.
         self.pad_id: int = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.eos_ids[0]
 
@@ -106,9 +106,11 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _eos_ids(folder: Path, tokenizer: Any, model: Any) -> list[int]:
+def eos_ids_of(folder: Path, tokenizer: Any, generation: Any) -> list[int]:
+    """The tokens that end a text: the tokenizer's, then those of the generation config. Raises PolicyError where there
+    are none."""
     ids = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    configured = model.generation_config.eos_token_id
+    configured = generation.eos_token_id
     for extra in configured if isinstance(configured, list) else [configured]:
         if extra is not None and extra not in ids:
             ids.append(extra)

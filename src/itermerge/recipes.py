@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from .config import Merge, to_dict
+from .config import to_dict
 from .weights import place_of
 
 if TYPE_CHECKING:
@@ -73,15 +73,14 @@ def header_digest(file: Path) -> str:
 def card(job: Job) -> str:
     """README.md, with the head that the Hugging Face hub reads."""
     cfg, merge = job.cfg, job.cfg.merge
-    named = [path for path in (cfg.base, *cfg.tuned) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)
-             and not Path(path).is_dir()]  # fmt: skip
+    named = [path for path in (cfg.base, *cfg.tuned) if on_hub(path)]
     head: dict[str, Any] = {"base_model": named, "base_model_relation": "merge"} if named else {}
     head |= {"library_name": "transformers", "tags": ["merge", "itermerge"]}
     papers = {PAPERS[part]: None for part in (merge.sparsify, merge.combine) if part in PAPERS}
     if merge.sparsify != "none" and merge.combine in ("mean", "sum"):
         papers = {PAPERS[merge.sparsify]: None}
     said = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
-    parameters = ", ".join(f"{key}={value}" for key, value in parameters_of(merge).items())
+    parameters = ", ".join(f"{key}={value}" for key, value in parameters_of(vars(merge)).items())
     dtypes = sorted({str(slot.dtype).removeprefix("torch.") for slot in job.placed})
     rows = {row: ratio_said([job.ratios[n] for n in names]) for row, names in by_row(job).items()}
     constant = len(set(rows.values())) == 1
@@ -90,16 +89,31 @@ def card(job: Job) -> str:
         "ratio": next(iter(rows.values())) if constant else f"{merge.ratio:g} times the factors of its policy, below",
         "dtype": ", ".join(dtypes), "made with": f"itermerge {version('itermerge')}, torch {version('torch')}",
     }  # fmt: skip
-    lines = ["---", OmegaConf.to_yaml(OmegaConf.create(head)).strip(), "---", "", f"# {job.out.name}", ""]
-    lines += ["`merged = base + ratio * combine(sparsify(tuned - base))`, tensor by tensor, in float32:", ""]
-    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+    lead = "`merged = base + ratio * combine(sparsify(tuned - base))`, tensor by tensor, in float32:"
+    lines = page(head, job.out.name, lead, facts)
     if not constant:
         lines += ["| row | ratio |", "|---|---|", *(f"| {row} | {ratio} |" for row, ratio in rows.items()), ""]
     if job.notes:
         lines += [*(f"- {note}" for note in job.notes), ""]
-    lines += [f"    itermerge-merge {' '.join(map(shlex.quote, job.typed))}", ""]
+    lines += [command("itermerge-merge", job.typed), ""]
     lines += [f"Config and inputs: `{RECIPE}`. Configs, tokenizer and code are those of {cfg.tuned[0]}.", ""]
     return "\n".join(lines)
+
+
+def on_hub(path: str) -> bool:
+    """Whether a model is named as on the Hugging Face hub, and no folder here."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(path).is_dir()
+
+
+def page(head: Mapping[str, Any], title: str, lead: str, facts: Mapping[str, Any]) -> list[str]:
+    """The lines that a card begins with: what the hub reads, a title, a sentence, a table of facts."""
+    lines = ["---", OmegaConf.to_yaml(OmegaConf.create(dict(head))).strip(), "---", "", f"# {title}", "", lead, ""]
+    return [*lines, "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), ""]
+
+
+def command(name: str, typed: Sequence[str]) -> str:
+    """A command line, indented as code."""
+    return f"    {name} {' '.join(map(shlex.quote, typed))}".rstrip()
 
 
 def by_row(job: Job) -> dict[str, list[str]]:
@@ -116,11 +130,11 @@ def ratio_said(ratios: Sequence[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def parameters_of(merge: Merge) -> dict[str, Any]:
+def parameters_of(merge: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of a rule and the parameters that it has."""
     names = ("sparsify", "combine", "density", "rescale", "epsilon", "gamma", "scope", "threshold", "agree", "weights",
              "seed", "function")  # fmt: skip
-    return {name: value for name in names if (value := getattr(merge, name)) is not None}
+    return {name: value for name in names if (value := merge.get(name)) is not None}
 
 
 def for_mergekit(job: Job) -> str | None:

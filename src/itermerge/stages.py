@@ -1,7 +1,7 @@
 """The verbs of a round, each bound to the store: what goes into its key, and what it writes.
 
 A `Bench` holds what the stages of one run share: config, tasks, problems, base model, store and the loaded policy. No
-stage knows which task is in-domain; roles are told to `evaluation.metrics` alone, by `Bench.figures`.
+stage knows which task is in-domain; roles are told to `evaluation.metrics` alone, by `Exams.figures`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ from .config import (
     ConfigError,
     MergeEvents,
     MergeNone,
+    ModelHF,
     ModelLab,
+    Paths,
     Root,
+    Suite,
+    TaskHarness,
     TaskHub,
     TaskLab,
     TeacherFile,
@@ -46,6 +50,7 @@ from .config import (
     label,
 )
 from .evaluation import Exam
+from .harness import HarnessExam, harness_scores
 from .policy import Policy, check_folder
 from .rules import method_of, source_of
 from .sft import Example, FitSpec, LoraSpec, SftError, fit
@@ -124,6 +129,13 @@ def lab_folder(seed: int, models: str) -> Path:
     return folder
 
 
+def folder_of(model: ModelLab | ModelHF, paths: Paths) -> Path:
+    """The folder of a config's model, from the hub where it is there. Raises TaskError or PolicyError."""
+    if isinstance(model, ModelLab):
+        return lab_folder(model.seed, paths.models)
+    return resolve(model.path, model.revision)
+
+
 def build_task(spec: Any) -> Task:
     """The task of a config node. Raises TaskError when it cannot be had."""
     if isinstance(spec, TaskLab):
@@ -185,6 +197,78 @@ def sampling_dtype(asked: str, device: str) -> str:
     return asked if asked != "auto" else "bfloat16" if fast_at_bfloat16(device) else "float32"
 
 
+class Exams:
+    """The items that a task and a suite are evaluated on, and a model's scores on them. Raises TaskError where a task
+    or its items cannot be used.
+
+    `all` are those of our own tasks: test items of the ID task and of the OOD tasks, then validation items; `harness`
+    are OOD tasks of lm-evaluation-harness, which have test items alone.
+    """
+
+    def __init__(self, spec: Any, suite: Suite) -> None:
+        away = (*suite.near, *suite.far)
+        self.task = build_task(spec)
+        self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
+        self.ours = [s for s in away if not isinstance(s, TaskHarness)]
+        self.harness = [
+            HarnessExam(
+                label(s), s.task, s.metric, n=suite.n, seed=suite.seed, num_fewshot=s.num_fewshot,
+                include_path=s.include_path,
+            ) for s in away if isinstance(s, TaskHarness)
+        ]  # fmt: skip
+        if self.harness:
+            log.warning(
+                "OOD accuracy alone is measured on %s: lm_eval's tasks have no validation items and no solutions to "
+                "compare predictions on, and are not searched for training prompts",
+                ", ".join(e.label for e in self.harness),
+            )
+        self.test = [Exam(label(s), t := build_task(s), t.problems("test", suite.n, suite.seed)) for s in self.ours]
+        of = (suite.n_validation, suite.seed, VALIDATION_SEED)
+        self.choosing = [
+            Exam(f"val/{e.label}", e.task, e.task.problems("validation", *of)) for e in self.test if suite.n_validation
+        ]
+        self.own = self.task.problems("test", suite.n, suite.seed)
+        self.validation = self.task.problems("validation", spec.n_validation, suite.seed, VALIDATION_SEED)
+        self.all = [
+            Exam(self.task.name, self.task, self.own), *self.test,
+            Exam(f"val/{self.task.name}", self.task, self.validation), *self.choosing,
+        ]  # fmt: skip
+        for exam in self.all:
+            check_gold(exam.task, exam.problems)
+        check_disjoint(self.task.name, {"validation": self.validation, "test": self.own})
+
+    @property
+    def count(self) -> int:
+        """Items in all."""
+        return sum(len(e.problems) for e in self.all) + sum(len(e.items) for e in self.harness)
+
+    def check_lengths(self, policy: Policy, new: int, train: Sequence[Exam] = ()) -> None:
+        """Raises TaskError, naming the task, when its prompts leave no room for an answer of `new` tokens."""
+        for exam in (*self.all, *train):
+            prompts = {p.prompt if exam in train else p.asked for p in exam.problems}
+            longest = max(len(policy.encode_prompt(text)) for text in prompts)
+            if longest + new > policy.context:
+                raise TaskError(
+                    f"task {exam.label!r}: its longest prompt has {longest} tokens and sampler.max_new_tokens is "
+                    f"{new}, together more than the model's context of {policy.context}; lower the task's shots, or "
+                    "sampler.max_new_tokens"
+                )
+        for exam in self.harness:
+            exam.check_lengths(policy)
+
+    def scores(
+        self, policy: Policy, on_progress: Callable[[int], None], *, max_new_tokens: int, batch_size: int
+    ) -> dict[str, Any]:
+        """What scores.json holds."""
+        how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "on_progress": on_progress}
+        scores = evaluation.greedy_scores(policy, self.all, **how)
+        return scores | harness_scores(policy, self.harness, batch_size=batch_size, on_progress=on_progress)
+
+    def figures(self, scores: Mapping[str, Any]) -> dict[str, float]:
+        """The flat metrics of a scores.json; here, and only here, tasks get their roles."""
+        return evaluation.metrics(scores, self.task.name, self.near, self.far)
+
+
 class Bench:
     """One run's tasks, problems, base and policy, and the stages over them."""
 
@@ -197,40 +281,20 @@ class Bench:
         self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
         if self.precision == "auto":
             self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
-        kinds = sorted({s.kind for s in (cfg.task, *cfg.suite.near, *cfg.suite.far)})
+        of = self.of = Exams(cfg.task, cfg.suite)
+        self.task, self.exams, self.validation, self.near, self.far = of.task, of.all, of.validation, of.near, of.far
+        kinds = sorted({s.kind for s in (cfg.task, *of.ours)})
         self.sampling = (*SAMPLING, *(file for kind in kinds for file in TASK_FILES[kind]))
-        self.task = build_task(cfg.task)
-        suite = cfg.suite
-        self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
-        test = [
-            Exam(label(s), t := build_task(s), t.problems("test", suite.n, suite.seed))
-            for s in (*suite.near, *suite.far)
-        ]
-        of = (suite.n_validation, suite.seed, VALIDATION_SEED)
-        choosing = [
-            Exam(f"val/{e.label}", e.task, e.task.problems("validation", *of)) for e in test if suite.n_validation
-        ]
-        own = self.task.problems("test", suite.n, suite.seed)
-        self.validation = self.task.problems("validation", cfg.task.n_validation, suite.seed, VALIDATION_SEED)
-        self.exams = [
-            Exam(self.task.name, self.task, own), *test, Exam(f"val/{self.task.name}", self.task, self.validation),
-            *choosing,
-        ]  # fmt: skip
-        for exam in self.exams:
-            check_gold(exam.task, exam.problems)
         self.evaluated = Evaluated((p.text for e in self.exams for p in e.problems), cfg.task.decontaminate or 1)
         self.decontaminated: dict[str, int] = {}  # training problems left out as exact and ngram, of how many drawn
         self._practised: dict[tuple[object, ...], list[Problem]] = {}
         first = self.train_problems(1)
         check_gold(self.task, first)
-        check_disjoint(self.task.name, {"train": first, "validation": self.validation, "test": own})
-        for exam in (*test, *choosing):
+        check_disjoint(self.task.name, {"train": first, "validation": self.validation, "test": of.own})
+        for exam in (*of.test, *of.choosing):
             if exam.task.name != self.task.name:
                 check_disjoint(f"{self.task.name} and {exam.label}", {"train": first, "items": exam.problems})
-        if isinstance(cfg.model, ModelLab):
-            folder, self.trust = lab_folder(cfg.model.seed, cfg.paths.models), False
-        else:
-            folder, self.trust = resolve(cfg.model.path, cfg.model.revision), cfg.model.trust_remote_code
+        folder, self.trust = folder_of(cfg.model, cfg.paths), getattr(cfg.model, "trust_remote_code", False)
         self.replay, self.written = self._read_files()
         self.policy = Policy(folder, trust_remote_code=self.trust, device=self.device)
         self.extras = _extras_digest(folder)
@@ -281,15 +345,9 @@ class Bench:
 
     def _check_lengths(self, first: Sequence[Problem]) -> None:
         """Raises TaskError, naming the task, when its prompts leave no room for an answer."""
-        new, context = self.cfg.sampler.max_new_tokens, self.policy.context
-        for exam in (*self.exams, Exam(f"train/{self.task.name}", self.task, first)):
-            longest = max(len(self.policy.encode_prompt(t)) for p in exam.problems for t in {p.prompt, p.asked})
-            if longest + new > context:
-                raise TaskError(
-                    f"task {exam.label!r}: its longest prompt has {longest} tokens and sampler.max_new_tokens is "
-                    f"{new}, together more than the model's context of {context}; lower the task's shots, or "
-                    "sampler.max_new_tokens"
-                )
+        context = self.policy.context
+        train = [Exam(f"train/{self.task.name}", self.task, first)]
+        self.of.check_lengths(self.policy, self.cfg.sampler.max_new_tokens, train)
         longest = max(len(self.policy.encode_prompt(p.train_prompt)) for p in first)
         if longest >= min(self.cfg.sft.max_length, context):
             raise TaskError(
@@ -444,8 +502,8 @@ class Bench:
                 had.append(s["completion"])
                 example = {"id": s["id"], "prompt": problems[s["id"]].train_prompt, "completion": s["completion"]}
                 examples.append(example | ({"hint": True} if "hint" in s else {}))
-            _write_lines(folder / "samples.jsonl", samples)
-            _write_lines(folder / "examples.jsonl", examples)
+            write_lines(folder / "samples.jsonl", samples)
+            write_lines(folder / "examples.jsonl", examples)
             votes = {i: answer for i, answer in elected.items() if answer is not None}
             true = {(s["id"], s["answer"]) for s in own if s["verdict"]}
             counts: dict[str, tuple[int, int]] = {}
@@ -598,7 +656,7 @@ class Bench:
                     own_task = accuracy.pop(f"val/{self.task.name}")
                     away = sum(accuracy.values()) / len(accuracy) if accuracy else None
                     tried[str(factor)] = {"val/id/acc": own_task, "val/ood/acc": away}
-            _write_json(folder / "search.json", tried)
+            write_json(folder / "search.json", tried)
             values = {f: v["val/id/acc"] for f, v in tried.items()}
             if policy.metric == "val/mean/acc":
                 values = {f: (v["val/id/acc"] + v["val/ood/acc"]) / 2 for f, v in tried.items()}
@@ -608,7 +666,7 @@ class Bench:
         inputs = {
             "tuned": tuned.digest, "ratio": _compact(ratio), "factors": factors, "metric": policy.metric,
             "tolerance": policy.tolerance, "items": {e.label: _ids(e.problems) for e in exams}, "how": self._decode(),
-            "tasks": [task_key(t) for t in (self.cfg.task, *self.cfg.suite.near, *self.cfg.suite.far)],
+            "tasks": [task_key(t) for t in (self.cfg.task, *self.of.ours)],
             **self._merge_key(now),
         } | self._dtype()  # fmt: skip
         return self.store.stage("search", inputs, compute, modules=(*self.sampling, *MERGING, "stages.py"))
@@ -618,43 +676,34 @@ class Bench:
         cfg = self.cfg
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            total = sum(len(e.problems) for e in self.exams)
-            with progress(f"round {number}: evaluating", total) as tick, self._sampler(model) as policy:
-                scores = evaluation.greedy_scores(policy, self.exams, on_progress=tick, **self._decode())
-            _write_json(folder / "scores.json", scores)
+            with progress(f"round {number}: evaluating", self.of.count) as tick, self._sampler(model) as policy:
+                scores = self.of.scores(policy, tick, **self._decode())
+            write_json(folder / "scores.json", scores)
             return {}
 
-        tasks = [task_key(cfg.task), *map(task_key, [*cfg.suite.near, *cfg.suite.far])]
+        tasks = [task_key(cfg.task), *map(task_key, self.of.ours)]
         items = {e.label: _ids(e.problems) for e in self.exams}
         inputs = {"model": model.digest, "tasks": tasks, "items": items, "how": self._decode()} | self._dtype()
-        return self.store.stage("evaluate", inputs, compute, modules=self.sampling)
+        modules = self.sampling
+        if self.of.harness:
+            inputs["harness"] = {e.label: e.digest for e in self.of.harness}
+            modules = (*modules, "harness.py")
+        return self.store.stage("evaluate", inputs, compute, modules=modules)
 
     def held_out_samples(self, model: Model, number: int) -> Artifact:
         """held_out.jsonl: samples with verdicts for each of the first `suite.pass_k_n` validation problems, with the
         same random numbers every round."""
         cfg, problems = self.cfg, self.validation[: self.cfg.suite.pass_k_n]
         how = {**self._decode(), "temperature": cfg.sampler.temperature, "top_p": cfg.sampler.top_p}
-        seed = derive_seed(cfg.suite.seed, "held_out")
+        seed = held_out_seed(cfg.suite.seed)
 
         def compute(folder: Path) -> Mapping[str, Any]:
             with (
                 progress(f"round {number}: pass@k", len(problems) * cfg.sampler.n) as tick,
                 self._sampler(model) as policy,
             ):
-                made = evaluation.sample(
-                    policy, self.task, problems, cfg.sampler.n, seed, asked=True, on_progress=tick, **how
-                )
-            flat = [(p, i, c) for p, cs in zip(problems, made, strict=True) for i, c in enumerate(cs)]
-            verdicts = verify_all(self.task, [(p, c.text, c.finished) for p, _, c in flat])
-            rows = [
-                {
-                    "id": p.id, "sample": i, "prompt": p.asked, "completion": c.text, "answer": verdict.answer,
-                    "gold": p.answer, "verdict": verdict.correct, "reason": verdict.reason, "tokens": c.tokens,
-                    "entropy": round(c.entropy, 6),
-                }
-                for (p, i, c), verdict in zip(flat, verdicts, strict=True)
-            ]  # fmt: skip
-            _write_lines(folder / "held_out.jsonl", rows)
+                rows = held_out_rows(policy, self.task, problems, cfg.sampler.n, seed, on_progress=tick, **how)
+            write_lines(folder / "held_out.jsonl", rows)
             return {}
 
         inputs = {"model": model.digest, "task": task_key(cfg.task), "items": _ids(problems), "n": cfg.sampler.n,
@@ -672,15 +721,10 @@ class Bench:
         def compute(folder: Path) -> Mapping[str, Any]:
             out: dict[str, Any] = {}
             if held_out:
-                problems: dict[str, list[dict[str, Any]]] = {}
-                for row in read_lines(held_out.folder / "held_out.jsonl"):
-                    problems.setdefault(row["id"], []).append(row)
-                written = {row["completion"] for rows in problems.values() for row in rows}
-                tokens = {t: self.policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in written}
-                out |= diversity.sample_figures(list(problems.values()), tokens)
+                out |= sample_ratios(self.policy, read_lines(held_out.folder / "held_out.jsonl"))
             how = (self.policy.pad_id, spec.batch_size)
             with progress(f"round {number}: predictions", 3) as tick:
-                base = self._base_predictions(away) if spec.kl_n else []
+                base = self._base_predictions(away) if spec.kl_n and away else []
                 policy = self._load(model)
                 if texts := self._golds(own):
                     out["diversity/fixed_text_entropy"] = diversity.text_entropy(policy.model, texts, *how)
@@ -697,7 +741,7 @@ class Bench:
                     exam = Exam("train", self.task, practised)
                     scores = evaluation.greedy_scores(policy, [exam], on_progress=lambda _: None, **self._decode())
                 out["train/acc"] = (scores["train"]["correct"], [1] * len(practised))
-            _write_json(folder / "probe.json", out)
+            write_json(folder / "probe.json", out)
             return {}
 
         inputs = {
@@ -732,10 +776,10 @@ class Bench:
                     ])  # fmt: skip
             longest = max(map(len, found), default=0)
             rows = [rows[at] for at in range(longest) for rows in found if at < len(rows)]
-            _write_lines(folder / "examples.jsonl", rows[: spec.examples])
+            write_lines(folder / "examples.jsonl", rows[: spec.examples])
             return {}
 
-        tasks = [task_key(t) for t in (*cfg.suite.near, *cfg.suite.far)]
+        tasks = [task_key(t) for t in self.of.ours]
         inputs = {"model": self.base.digest, "tasks": tasks, "items": [_ids(ps) for _, ps in items], "how": how,
                   "examples": spec.examples, "seed": seed} | self._dtype()  # fmt: skip
         return self.store.stage("solutions_ood", inputs, compute, modules=(*self.sampling, "stages.py"))
@@ -760,7 +804,7 @@ class Bench:
                     policy.model, examples, spec.importance, pad_id=policy.pad_id, batch_size=spec.batch_size,
                     on_progress=tick,
                 )  # fmt: skip
-            _write_json(folder / f"{name}.json", importance_table(values, "verified"))
+            write_json(folder / f"{name}.json", importance_table(values, "verified"))
             return {}
 
         inputs = {
@@ -777,7 +821,7 @@ class Bench:
         def compute(folder: Path) -> Mapping[str, Any]:
             before, after = self._stream(start), self._stream(tuned)
             update = change.update_of(before, after)
-            other = self._whole(earlier, Checkpoint) if earlier else None
+            other = self.with_weights(earlier, Checkpoint) if earlier else None
             save_file(update, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             figures = change.update_figures(before, after, update, other, ranks=ranks, device=self.device)
             return {"rows": figures}
@@ -801,7 +845,7 @@ class Bench:
             if tuned.digest != model.digest:
                 before = change.layer_change(self.base_weights, self._stream(tuned))
             left = change.merge_shares(towards, self._stream(tuned), now, ratios)
-            _write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": rows, "merge": left})
+            write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": rows, "merge": left})
             return {
                 "drift": change.relative_distance(self.base_weights, now),
                 "anchor_distance": change.relative_distance(towards, now),
@@ -825,7 +869,7 @@ class Bench:
                 if file.is_file() and file.name not in NOT_THE_MODEL and not file.name.startswith("."):
                     place(file, target / file.name, link=folder != self.base.folder)
 
-        self._whole(model, put)
+        self.with_weights(model, put)
 
     def shared_fit(self, number: int) -> bool:
         """Whether runs with other ratios have the same fit: in round 1, without merge events inside it."""
@@ -846,9 +890,8 @@ class Bench:
         return {f"gap/superficiality{end}": v for end, v in zip(("", "_low", "_high"), gap, strict=True)}
 
     def figures(self, scores: Artifact) -> dict[str, float]:
-        """The flat metrics of a scores.json; here, and only here, tasks get their roles."""
-        read = json.loads((scores.folder / "scores.json").read_text())
-        return evaluation.metrics(read, self.task.name, self.near, self.far)
+        """The flat metrics of a scores.json."""
+        return self.of.figures(json.loads((scores.folder / "scores.json").read_text()))
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -859,10 +902,10 @@ class Bench:
         return digest
 
     def _weights(self, model: Model) -> Weights:
-        return self.base_weights if model.digest == self.base.digest else self._whole(model, read_weights)
+        return self.base_weights if model.digest == self.base.digest else self.with_weights(model, read_weights)
 
-    def _whole(self, model: Model, use: Callable[[Path], T]) -> T:
-        """use(folder of the model), its weights computed again if they were dropped."""
+    def with_weights(self, model: Model, use: Callable[[Path], T]) -> T:
+        """use(folder of the model), its weights computed again first if they were dropped."""
         for _ in range(10):  # another run may drop them between the two lines
             if model.restore is not None and not (model.folder / WEIGHTS_FILE).exists():
                 model.restore()
@@ -874,7 +917,7 @@ class Bench:
         raise FileNotFoundError(f"{model.folder}: other runs keep dropping its weights; use store.keep=all")
 
     def _stream(self, model: Model) -> Weights:
-        return self.base_weights if model.digest == self.base.digest else self._whole(model, Checkpoint)
+        return self.base_weights if model.digest == self.base.digest else self.with_weights(model, Checkpoint)
 
     def _examples(self, texts: Iterable[tuple[str, str]]) -> list[Example]:
         encode, close = self.policy.encode_prompt, self.policy.encode_completion
@@ -1100,20 +1143,59 @@ def _passes(counts: Sequence[tuple[int, int]]) -> dict[str, float]:
     return {str(k): sum(evaluation.pass_at_k(n, c, k) for n, c in counts) / len(counts) for k in ks}
 
 
-def probe_metrics(artifact: Artifact, held_out: Sequence[int]) -> dict[str, float]:
-    """sample/*, diversity/*, kl/ood and train/acc, each with _low and _high (95%, problems resampled), and
-    gap/memorisation: accuracy on training problems minus that on `held_out`, verdicts on others of the same task."""
-    ratios: dict[str, tuple[list[float], list[float]]] = json.loads((artifact.folder / "probe.json").read_text())
+def held_out_seed(suite_seed: int) -> int:
+    """The same random numbers every round, and for every model."""
+    return derive_seed(suite_seed, "held_out")
+
+
+def held_out_rows(
+    policy: Policy, task: Task, problems: Sequence[Problem], n: int, seed: int, **how: Any
+) -> list[dict[str, Any]]:
+    """What held_out.jsonl holds: `n` samples a problem, with verdicts."""
+    made = evaluation.sample(policy, task, problems, n, seed, asked=True, **how)
+    flat = [(p, i, c) for p, cs in zip(problems, made, strict=True) for i, c in enumerate(cs)]
+    verdicts = verify_all(task, [(p, c.text, c.finished) for p, _, c in flat])
+    return [
+        {
+            "id": p.id, "sample": i, "prompt": p.asked, "completion": c.text, "answer": verdict.answer,
+            "gold": p.answer, "verdict": verdict.correct, "reason": verdict.reason, "tokens": c.tokens,
+            "entropy": round(c.entropy, 6),
+        }
+        for (p, i, c), verdict in zip(flat, verdicts, strict=True)
+    ]  # fmt: skip
+
+
+def sample_ratios(policy: Policy, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """`diversity.sample_figures` of held_out.jsonl's rows."""
+    problems: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        problems.setdefault(row["id"], []).append(row)
+    written = {row["completion"] for rows in problems.values() for row in rows}
+    tokens = {t: policy.tokenizer(t, add_special_tokens=False)["input_ids"] for t in written}
+    return diversity.sample_figures(list(problems.values()), tokens)
+
+
+def ratio_intervals(ratios: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> dict[str, float]:
+    """Each figure of {name: (above, below)}, with _low and _high (95%, problems resampled); none without a sample."""
     out = {}
     for name, (above, below) in ratios.items():
         if sum(below):
             value, low, high = evaluation.ratio_interval(above, below)
-            if name == "train/acc":
-                counts = (int(sum(above)), len(above)), (sum(held_out), len(held_out))
-                low, high = evaluation.wilson(*counts[0])
-                gap = zip(("", "_low", "_high"), evaluation.difference_interval(*counts), strict=True)
-                out |= {f"gap/memorisation{end}": v for end, v in gap}
             out.update({name: value, f"{name}_low": low, f"{name}_high": high})
+    return out
+
+
+def probe_metrics(artifact: Artifact, held_out: Sequence[int]) -> dict[str, float]:
+    """sample/*, diversity/*, kl/ood and train/acc, each with _low and _high (95%, problems resampled), and
+    gap/memorisation: accuracy on training problems minus that on `held_out`, verdicts on others of the same task."""
+    ratios: dict[str, tuple[list[float], list[float]]] = json.loads((artifact.folder / "probe.json").read_text())
+    out = ratio_intervals(ratios)
+    if "train/acc" in out:
+        above, below = ratios["train/acc"]
+        counts = (int(sum(above)), len(below)), (sum(held_out), len(held_out))
+        gap = zip(("", "_low", "_high"), evaluation.difference_interval(*counts), strict=True)
+        out |= {f"gap/memorisation{end}": v for end, v in gap}
+        out["train/acc_low"], out["train/acc_high"] = evaluation.wilson(*counts[0])
     return out
 
 
@@ -1241,12 +1323,12 @@ def _ids(problems: Sequence[Problem]) -> str:
     return _digest_json([dataclasses.asdict(p) for p in problems])
 
 
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    _write_lines(folder / "completions.jsonl", rows)
+    write_lines(folder / "completions.jsonl", rows)
     return {}
 
 
@@ -1280,5 +1362,5 @@ def read_pairs(path: str, key: str, first: Sequence[str]) -> list[tuple[str, str
     return found
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")

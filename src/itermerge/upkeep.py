@@ -55,7 +55,7 @@ def need(runs: Sequence[tuple[Root, int]], workers: int = 1) -> tuple[int, int]:
     chains: dict[str, list[tuple[Root, int]]] = {}
     for number, (cfg, size) in enumerate(runs):
         plain = dataclasses.asdict(cfg)
-        own = ("rounds", "sweep", "store", "paths", "logger", "optimized_metric")
+        own = ("rounds", "sweep", "store", "paths", "logger", "optimized_metric", "export")
         chain = {k: v for k, v in plain.items() if k not in own} | {"number": number if cfg.store.kind == "none" else 0}
         chains.setdefault(json.dumps(chain, sort_keys=True), []).append((cfg, size))
     store = run = in_hand = 0
@@ -81,8 +81,10 @@ def check_space(runs: Sequence[tuple[Root, int]], store: Path, folder: Path, wor
     into_store, into_runs = need(runs, workers)
     store, folder = _existing(store), _existing(folder)
     wanted = {store: into_store}
+    runs_at = store
     if store.stat().st_dev != folder.stat().st_dev:
-        wanted[folder] = into_runs
+        wanted[runs_at := folder] = into_runs
+    wanted[runs_at] += sum(len(c.export.rounds) * size // (1 if c.export.dtype == "float32" else 2) for c, size in runs)
     for place, amount in wanted.items():
         free = shutil.disk_usage(place).free
         if amount > free:

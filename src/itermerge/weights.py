@@ -239,9 +239,9 @@ def digest_weights(weights: Weights) -> str:
     return sha.hexdigest()
 
 
-def write_folder(folder: Path, weights: Weights, like: Path) -> None:
-    """A Hugging Face folder in float32: `weights` as safetensors, the other files of `like` byte for byte (not its card
-    and recipe, which describe other weights).
+def write_folder(folder: Path, weights: Weights, like: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A Hugging Face folder in one dtype: `weights` as safetensors, the other files of `like` byte for byte (not its
+    card and recipe, which describe other weights).
 
     Deterministic bytes: the metadata is exactly {format: pt}, since several keys come out in a different order in each
     process.
@@ -252,9 +252,9 @@ def write_folder(folder: Path, weights: Weights, like: Path) -> None:
             shutil.copyfile(file, folder / file.name)
     config = json.loads((folder / "config.json").read_text())
     config.pop("torch_dtype", None)
-    config["dtype"] = "float32"
+    config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tensors = {k: weights[k].detach().to("cpu", torch.float32).contiguous() for k in sorted(weights)}
+    tensors = {k: weights[k].detach().to("cpu", dtype).contiguous() for k in sorted(weights)}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner alone
 
