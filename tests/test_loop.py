@@ -19,6 +19,7 @@ from itermerge.decoding import complete
 from itermerge.policy import Policy
 from itermerge.sft import SftError
 from itermerge.stages import EmptyRound
+from itermerge.sft import Fitted
 from itermerge.store import Store, StoreError
 from itermerge.tasks import TaskError
 from itermerge.tracking import TrackingError, WandbTracker
@@ -218,9 +219,9 @@ def test_ood_validation_items_are_others_than_the_test_items_and_change_no_other
 
 
 def test_gap_of_a_model_that_lost_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ruin(policy: Any, *_: Any, **__: Any) -> list[float]:
+    def ruin(policy: Any, *_: Any, **__: Any) -> Fitted:
         policy.set_weights({name: torch.zeros_like(w) for name, w in policy.weights().items()})
-        return [0.0]
+        return Fitted([0.0], [], [], 1)
 
     monkeypatch.setattr(stages, "fit", ruin)
     run_here(tmp_path / "run", "merge=none", "rounds=1", "suite.pass_k_n=0", f"store.dir={tmp_path / 'store'}")
