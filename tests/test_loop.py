@@ -17,9 +17,8 @@ from itermerge import cli, loop, sft, stages, tracking
 from itermerge.config import check
 from itermerge.decoding import complete
 from itermerge.policy import Policy
-from itermerge.sft import SftError
+from itermerge.sft import Fitted, SftError
 from itermerge.stages import EmptyRound
-from itermerge.sft import Fitted
 from itermerge.store import Store, StoreError
 from itermerge.tasks import TaskError
 from itermerge.tracking import TrackingError, WandbTracker
