@@ -24,8 +24,8 @@ from queue import SimpleQueue
 
 from . import Reason, TaskError
 
-LIMIT_S = 3.0  # CPU seconds of one comparison; those of MATH take some milliseconds
-PATIENCE = 12  # times as many seconds by the clock, for a worker that sleeps or starves
+LIMIT_S = 1.0  # CPU seconds of one comparison; those of MATH take some milliseconds
+PATIENCE = 30  # times as many seconds by the clock, for a worker that sleeps or starves
 WORKERS = min(4, os.cpu_count() or 1)
 _WORKER = Path(__file__).with_name("latex_worker.py")
 
