@@ -425,6 +425,7 @@ def _others(
     looked_at = [*varied, *OLDER[2:]]  # of merges, what a constant ratio has as well
     values = [[str(c.get(k, PLAIN.get(k))) for k in looked_at] for c in configs]
     usual = [Counter(column).most_common(1)[0][0] for column in zip(*values, strict=True)]
+    usual = [str(PLAIN[k]) if k in PLAIN else u for k, u in zip(looked_at, usual, strict=True)]
     settings: dict[str, tuple[list[str], str]] = {}
     out = []
     for config, own, way in zip(configs, values, ways, strict=True):

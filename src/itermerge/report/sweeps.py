@@ -313,7 +313,7 @@ def named_blocks(jobs: Sequence[Job]) -> list[Block]:
             pairs = [(number(j.rounds[-1], metric), _final(controls.get(_unit(j)), metric)) for j in own]
             gaps = [100 * (a - b) for a, b in pairs if a is not None and b is not None]
             if not gaps or all(j.control for j in own):
-                row.append(Cell("", float("-inf")))
+                row.append(Cell("", ""))
                 continue
             mean, half = mean_interval(gaps)
             row.append(Cell(signed(mean) + (f" ± {half:.1f}" if len(gaps) > 1 else ""), mean))
