@@ -112,8 +112,8 @@ def _run(
     merge = {"kind": "linear", "ratio": ratio} if ratio < 1 else {"kind": "none"}
     whole = {
         "seed": seed, "model": {"kind": "lab", "seed": base}, "sft": {"lr": lr}, "merge": merge,
-        "suite": {"near": [{"kind": "lab", "family": "pair"}], "far": [{"kind": "lab", "family": "sort"}]},
-        "rounds": len(val) - 1, "store": {"dir": str(folder)}, **config,
+        "suite": {"near": [{"kind": "lab", "family": "pair"}], "far": [{"kind": "lab", "family": "sort"}], "seed": 0},
+        "sampler": {"n": 8}, "rounds": len(val) - 1, "store": {"dir": str(folder)}, **config,
     }  # fmt: skip
     lines = []
     for t in range(len(val)):
@@ -292,7 +292,16 @@ def test_other_keys_make_other_methods(sweep: Path) -> None:
     )  # fmt: skip
     names = [m.name for m in read([sweep])[0]]
     assert "ratio 0.5, lr 0.0004, sampler.n=16" in names
-    assert "ratio 0.5, lr 0.0004, sampler.n=None" in names
+    assert "ratio 0.5, lr 0.0004, sampler.n=8" in names
+
+
+def test_a_key_that_older_runs_do_not_have_makes_no_other_method(sweep: Path) -> None:
+    _run(
+        sweep / "newer", ratio=0.5, lr=4e-4, seed=7, val=[0.3] * 3, id_=[0.3] * 3, near=[0.9] * 3, drift=[0, 1, 1],
+        sft={"lr": 4e-4, "beta1": 0.9},
+    )  # fmt: skip
+    (method,) = [m for m in read([sweep])[0] if m.name == "ratio 0.5, lr 0.0004"]
+    assert ("0", 7) in method.chains
 
 
 def test_ways_of_merging_are_told_apart_and_share_vanilla(sweep: Path) -> None:
