@@ -374,6 +374,37 @@ def test_a_model_that_cannot_be_used_is_said(tiny_folder: Path, tmp_path: Path) 
         run_here(tmp_path / "bad", "model=hf", "model.path=./nowhere", f"store.dir={tmp_path / 'store'}")
 
 
+def test_examples_that_are_too_long_may_be_left_out(tmp_path: Path) -> None:
+    store = f"store.dir={tmp_path / 'store'}"
+    run_here(tmp_path / "all", store, "rounds=1")
+    rows = map(json.loads, (tmp_path / "all" / "rounds" / "01" / "examples.jsonl").read_text().splitlines())
+    lengths = sorted(len(row["prompt"]) + len(row["completion"]) + 1 for row in rows)  # one token a character, and eos
+    most = lengths[len(lengths) // 2]
+    assert most < lengths[-1]
+    run_here(tmp_path / "some", store, "rounds=1", f"sft.max_length={most}", "sft.too_long=drop")
+    whole, cut = read_rounds(tmp_path / "all")[1], read_rounds(tmp_path / "some")[1]
+    assert "sft/dropped" not in whole
+    assert cut["sft/dropped"] == sum(length > most for length in lengths)
+    assert cut["sft/loss"] != whole["sft/loss"]
+    with pytest.raises(SftError, match=r"round 1: an example has \d+ tokens; .* leave .* out with sft\.too_long=drop"):
+        run_here(tmp_path / "stop", store, "rounds=1", f"sft.max_length={most}")
+    with pytest.raises(TaskError, match=r"its shortest training prompt has \d+ tokens, sft\.max_length is 4 "):
+        run_here(tmp_path / "none", store, "rounds=1", "sft.max_length=4", "sft.too_long=drop")
+
+
+def test_answers_in_evaluation_may_have_a_length_of_their_own(tmp_path: Path) -> None:
+    """One token is too few for any answer; samples have as many as before."""
+    store = f"store.dir={tmp_path / 'store'}"
+    run_here(tmp_path / "same", store, "rounds=1")
+    run_here(tmp_path / "short", store, "rounds=1", "suite.max_new_tokens=1")
+    same, short = read_rounds(tmp_path / "same"), read_rounds(tmp_path / "short")
+    assert same[0]["id/acc"] > 0
+    assert [line["id/acc"] for line in short] == [line["val/id/acc"] for line in short] == [0, 0]
+    assert short[1]["train/acc"] == 0
+    for name in ("train_sample/accept_rate", "sample/pass@1"):
+        assert same[1][name] == short[1][name] > 0
+
+
 def test_prompts_that_leave_no_room_are_refused_before_the_first_stage(tiny_folder: Path, tmp_path: Path) -> None:
     # find has prompts of up to 14 characters: 14 + 243 = 257 positions, the model has 256
     with pytest.raises(TaskError, match=r"task 'find': its longest prompt has 14 tokens .* is 243, .* context of 256"):

@@ -16,7 +16,17 @@ from conftest import enliven
 
 from itermerge import sft
 from itermerge.policy import Policy
-from itermerge.sft import Example, FitSpec, LanguageModel, SftError, collate, completion_loss, fit, lr_factor
+from itermerge.sft import (
+    Example,
+    FitSpec,
+    LanguageModel,
+    SftError,
+    collate,
+    completion_loss,
+    fit,
+    lr_factor,
+    short_enough,
+)
 from itermerge.weights import digest_weights
 
 SPEC = FitSpec(
@@ -221,6 +231,13 @@ def test_an_example_that_is_too_long(tiny: Policy, tmp_path: Path) -> None:
     with pytest.raises(SftError, match=r"an example has 300 tokens; sft\.max_length is 512 and .* context 256\."):
         fit(tiny, [Example([5] * 295, [6] * 5)], replace(SPEC, max_length=512), seed=0, scratch=tmp_path)
     fit(tiny, [Example([5] * 60, [6] * 4)], replace(SPEC, epochs=1), seed=0, scratch=tmp_path)
+
+
+def test_examples_that_are_short_enough() -> None:
+    examples = [Example([5] * n, [6] * 4) for n in (7, 6, 8, 5)]
+    assert short_enough(examples, 10) == [examples[1], examples[3]]  # of 10 and 9 tokens
+    with pytest.raises(SftError, match=r"all 4 examples have more than 8 tokens; raise sft\.max_length"):
+        short_enough(examples, 8)
 
 
 @pytest.mark.parametrize("how", ["raised", "signal"])

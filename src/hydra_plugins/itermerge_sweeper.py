@@ -45,6 +45,9 @@ class CheckedSweeper(BasicSweeper):
                 raise ConfigError(f"hydra.sweeper.max_batch_size: must be at least 1, or null; got {at_once}")
             jobs = self.expand(arguments)
             cfgs = self.check(jobs)
+            if cfgs[0].plan:
+                cli.show_plan(cfgs, self.workers())
+                return
             folder, resume = self.folder(), cfgs[0].sweep.resume is not None
             done = [i for i in range(len(jobs)) if resume and sweep.mark_of(folder / str(i)) == "DONE"]
             todo = {i: jobs[i] for i in range(len(jobs)) if i not in done}
@@ -178,11 +181,15 @@ class OptunaSweeper(CheckedSweeper):
             for key, value in (("n_trials", self.n_trials), ("n_jobs", self.n_jobs)):
                 if value is not None and value < 1:
                     raise ConfigError(f"hydra.sweeper.{key}: must be at least 1, got {value}")
+            dearest = max(cfgs, key=lambda cfg: need([(cfg, 1)]))
+            if dearest.plan:
+                note = f"a search: {self.n_trials} trials at most, each of them at most this (the largest of the space)"
+                cli.show_plan([dearest], self.workers(), [note])
+                return
             folder, resume = self.folder(), cfgs[0].sweep.resume is not None
             if resume and not (folder / LOG).is_file():
                 raise sweep.SweepError(f"sweep.resume: {folder} holds no search ({LOG}), but a sweep of another kind")
             # each trial as large as the largest corner, and sharing nothing
-            dearest = max(cfgs, key=lambda cfg: need([(cfg, 1)]))
             trials = {i: replace(dearest, seed=i) for i in range(self.n_trials)}
             cli.before_sweep(trials, folder, done=0, workers=self.workers())
             sweep.begin(folder, None if resume else [], sys.argv[1:], resume)

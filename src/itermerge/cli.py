@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import current_process
 from pathlib import Path
@@ -71,10 +71,35 @@ def main() -> None:
             if not _installed(module):
                 die(f"{given} needs the extra {extra!r}: pip install 'itermerge[{extra}]'")
     run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
+    with tempfile.TemporaryDirectory() as nowhere:
+        if is_plan(sys.argv[1:]):  # Hydra makes a run's folder before we are asked: nothing of it is to stay
+            sys.argv.append(f"hydra.run.dir='{nowhere}/run'")
+        try:
+            run()
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def is_plan(arguments: Sequence[str]) -> bool:
+    """Whether a command line says plan=true."""
+    given = [a.partition("=")[2] for a in arguments if a.lstrip("+").startswith("plan=")]
+    return bool(given) and given[-1].lower() in ("true", "yes", "on", "1")
+
+
+def show_plan(cfgs: Sequence[Root], workers: int = 1, notes: Sequence[str] = ()) -> None:
+    """What plan=true says of a run or of a sweep's jobs; ends with what a run would end with before its first stage."""
+    _set_threads(max(cfg.threads for cfg in cfgs))
+    _quiet(max(cfg.threads for cfg in cfgs))
+    from . import plan
+
     try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit(130)
+        made = plan.plan(cfgs, workers)
+    except Exception as error:
+        if _expected(error):
+            die(str(error))
+        raise
+    made.about += notes
+    plan.show(made)
 
 
 def analyze_main() -> None:
@@ -252,6 +277,9 @@ def _job(composed: DictConfig) -> float | None:
         cfg = check(composed)
         if single and cfg.sweep.resume:
             raise ConfigError("sweep.resume: goes on with a whole sweep; a single run goes on with hydra.run.dir=DIR")
+        if cfg.plan:
+            show_plan([cfg])
+            return None
         occupy(lock, folder, wait=not single)
         if not single and (folder / "DONE").exists() and same_config(folder, cfg):
             return figure_of(folder, cfg)
@@ -312,7 +340,7 @@ def occupy(lock: Any, folder: Path, wait: bool) -> None:
 
 def same_config(folder: Path, cfg: Root) -> bool:
     """Whether a run folder's config.yaml says the same, apart from how it is run (no part of a result)."""
-    how = ("sweep", "store", "logger", "paths")
+    how = ("sweep", "store", "logger", "paths", "plan")
     try:
         theirs = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     except OSError:
@@ -424,8 +452,6 @@ def make_tracker(cfg: Root, folder: Path) -> Any:
 
 
 def _pretrain(cfg: Root, folder: Path) -> float:
-    import tempfile
-
     from . import pretrain, tracking
     from .sft import FitSpec
 

@@ -185,6 +185,7 @@ class Suite:
     pass_k_n: int = knob(ge=0)
     n_validation: int = knob(ge=0)  # validation items of each OOD task: val/ood/*, for choosing
     pre_merge: bool = MISSING  # evaluate before the last merge event as well
+    max_new_tokens: int | None = field(default=MISSING, metadata={"ge": 1})  # of a greedy answer; null: the sampler's
     near: list[Any] = MISSING
     far: list[Any] = MISSING
 
@@ -212,6 +213,7 @@ class Sft:
     beta1: float = knob(ge=0, lt=1)
     beta2: float = knob(ge=0, lt=1)
     max_length: int = knob(ge=2)  # tokens of a prompt and its completion
+    too_long: str = knob(among=("stop", "drop"))  # what becomes of longer ones
     start: str = knob(among=("merged", "base", "tuned"))
     data: str = knob(among=("replace", "accumulate"))
     l2_to_base: float = knob(ge=0)  # times half the squared distance from the base, added to the loss
@@ -449,6 +451,7 @@ class Root:
     seed: int = knob(ge=0)
     threads: int = knob(ge=1)  # CPU threads; part of every key, since sums depend on it
     rounds: int = knob(ge=1)
+    plan: bool = MISSING  # say what would be done, what it costs and needs, and do nothing
     optimized_metric: str = MISSING
     program: Any = None
     model: Any = None

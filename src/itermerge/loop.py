@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from . import export, stages, tracking
 from .config import Root, StoreLocal
@@ -34,16 +34,25 @@ log = logging.getLogger(__name__)
 UNJUDGED = ("unparseable", "timed_out", "error")
 
 
-def run(cfg: Root, folder: Path, tracker: tracking.Tracker) -> dict[str, Any]:
-    """Runs the loop and writes the run folder; the summary."""
+class Parts(NamedTuple):
+    """What makes the store, the stages and the record of a run."""
+
+    store: Callable[..., Store]
+    bench: Callable[..., Bench]
+    record: Callable[..., RunRecord]
+
+
+def run(cfg: Root, folder: Path, tracker: tracking.Tracker, parts: Parts | None = None) -> dict[str, Any]:
+    """Runs the loop and writes the run folder; the summary. `parts` are others than the usual ones: a plan's."""
+    parts = parts or Parts(Store, Bench, RunRecord)
     private = folder / "stages"  # store=none: stages live in the run folder until the run is done
     root = Path(cfg.store.dir).expanduser() if isinstance(cfg.store, StoreLocal) else private
     started = time.perf_counter()
-    store = Store(root, environment(stages.device_of(cfg.trainer.accelerator), cfg.threads))
+    store = parts.store(root, environment(stages.device_of(cfg.trainer.accelerator), cfg.threads))
     with tempfile.TemporaryDirectory() as scratch, store:
-        bench = Bench(cfg, store, Path(scratch))
+        bench = parts.bench(cfg, store, Path(scratch))
         check_space([(cfg, bench.size)], root, folder)
-        record = RunRecord(cfg, folder, tracker)
+        record = parts.record(cfg, folder, tracker)
         history, examples, tuned, made = [bench.base], [], bench.base, []
         past: list[tuple[Model, Model]] = []  # (tuned, start) of each round that was fitted
         record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base))

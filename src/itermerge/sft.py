@@ -331,6 +331,14 @@ def _adapt(model: Any, spec: LoraSpec, seed: int) -> Callable[[], None]:
     return fold
 
 
+def short_enough(examples: Sequence[Example], most: int) -> list[Example]:
+    """The examples of at most so many tokens. Raises SftError where there is none."""
+    kept = [e for e in examples if len(e.prompt) + len(e.completion) <= most]
+    if not kept:
+        raise SftError(f"all {len(examples)} examples have more than {most} tokens; raise sft.max_length")
+    return kept
+
+
 def fit(
     policy: Policy,
     examples: Sequence[Example],
@@ -353,7 +361,8 @@ def fit(
     if longest > min(spec.max_length, policy.context):
         raise SftError(
             f"an example has {longest} tokens; sft.max_length is {spec.max_length} and the model's context "
-            f"{policy.context}. Raise sft.max_length or lower sampler.max_new_tokens"
+            f"{policy.context}. Raise sft.max_length, lower sampler.max_new_tokens, or leave such examples out with "
+            "sft.too_long=drop"
         )
     batches = math.ceil(len(examples) / spec.batch_size)
     steps = math.ceil(batches / spec.accumulate_grad_batches) * spec.epochs

@@ -53,7 +53,7 @@ from .evaluation import Exam
 from .harness import HarnessExam, harness_scores
 from .policy import Policy, check_folder
 from .rules import method_of, source_of
-from .sft import Example, FitSpec, LoraSpec, SftError, fit
+from .sft import Example, FitSpec, LoraSpec, SftError, fit, short_enough
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed, verify_all
 from .tasks.contamination import Evaluated
@@ -205,9 +205,9 @@ class Exams:
     are OOD tasks of lm-evaluation-harness, which have test items alone.
     """
 
-    def __init__(self, spec: Any, suite: Suite) -> None:
+    def __init__(self, spec: Any, suite: Suite, build: Callable[[Any], Task] = build_task) -> None:
         away = (*suite.near, *suite.far)
-        self.task = build_task(spec)
+        self.task, self.max_new_tokens = build(spec), suite.max_new_tokens
         self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
         self.ours = [s for s in away if not isinstance(s, TaskHarness)]
         self.harness = [
@@ -222,7 +222,7 @@ class Exams:
                 "compare predictions on, and are not searched for training prompts",
                 ", ".join(e.label for e in self.harness),
             )
-        self.test = [Exam(label(s), t := build_task(s), t.problems("test", suite.n, suite.seed)) for s in self.ours]
+        self.test = [Exam(label(s), t := build(s), t.problems("test", suite.n, suite.seed)) for s in self.ours]
         of = (suite.n_validation, suite.seed, VALIDATION_SEED)
         self.choosing = [
             Exam(f"val/{e.label}", e.task, e.task.problems("validation", *of)) for e in self.test if suite.n_validation
@@ -243,15 +243,17 @@ class Exams:
         return sum(len(e.problems) for e in self.all) + sum(len(e.items) for e in self.harness)
 
     def check_lengths(self, policy: Policy, new: int, train: Sequence[Exam] = ()) -> None:
-        """Raises TaskError, naming the task, when its prompts leave no room for an answer of `new` tokens."""
+        """Raises TaskError, naming the task, when its prompts leave no room for an answer, and for a sample of `new`
+        tokens."""
+        new = max(new, self.max_new_tokens or 0)
         for exam in (*self.all, *train):
             prompts = {p.prompt if exam in train else p.asked for p in exam.problems}
             longest = max(len(policy.encode_prompt(text)) for text in prompts)
             if longest + new > policy.context:
                 raise TaskError(
-                    f"task {exam.label!r}: its longest prompt has {longest} tokens and sampler.max_new_tokens is "
-                    f"{new}, together more than the model's context of {policy.context}; lower the task's shots, or "
-                    "sampler.max_new_tokens"
+                    f"task {exam.label!r}: its longest prompt has {longest} tokens and sampler.max_new_tokens (or "
+                    f"suite.max_new_tokens) is {new}, together more than the model's context of {policy.context}; "
+                    "lower the task's shots, or these"
                 )
         for exam in self.harness:
             exam.check_lengths(policy)
@@ -259,7 +261,8 @@ class Exams:
     def scores(
         self, policy: Policy, on_progress: Callable[[int], None], *, max_new_tokens: int, batch_size: int
     ) -> dict[str, Any]:
-        """What scores.json holds."""
+        """What scores.json holds; answers of `max_new_tokens` where suite.max_new_tokens does not say otherwise."""
+        max_new_tokens = self.max_new_tokens or max_new_tokens
         how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "on_progress": on_progress}
         scores = evaluation.greedy_scores(policy, self.all, **how)
         return scores | harness_scores(policy, self.harness, batch_size=batch_size, on_progress=on_progress)
@@ -281,7 +284,7 @@ class Bench:
         self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
         if self.precision == "auto":
             self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
-        of = self.of = Exams(cfg.task, cfg.suite)
+        of = self.of = Exams(cfg.task, cfg.suite, self._build)
         self.task, self.exams, self.validation, self.near, self.far = of.task, of.all, of.validation, of.near, of.far
         kinds = sorted({s.kind for s in (cfg.task, *of.ours)})
         self.sampling = (*SAMPLING, *(file for kind in kinds for file in TASK_FILES[kind]))
@@ -294,12 +297,8 @@ class Bench:
         for exam in (*of.test, *of.choosing):
             if exam.task.name != self.task.name:
                 check_disjoint(f"{self.task.name} and {exam.label}", {"train": first, "items": exam.problems})
-        folder, self.trust = folder_of(cfg.model, cfg.paths), getattr(cfg.model, "trust_remote_code", False)
         self.replay, self.written = self._read_files()
-        self.policy = Policy(folder, trust_remote_code=self.trust, device=self.device)
-        self.extras = _extras_digest(folder)
-        self.base = Model(folder, self._digest(self.policy.weights()))
-        self.base_weights = {k: v.to("cpu").clone() for k, v in self.policy.weights().items()}
+        self.policy, self.base, self.base_weights = self._open()
         self.loaded = self.base.digest
         self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
         self.keep = store.keep = keep_of(cfg, self.size)
@@ -329,6 +328,18 @@ class Bench:
         check_folder(folder)
         return Model(folder, _digest_json([digest_weights(Checkpoint(folder)), _extras_digest(folder)]))
 
+    def _build(self, spec: Any) -> Task:
+        return build_task(spec)
+
+    def _open(self) -> tuple[Policy, Model, Weights]:
+        """The base model as a policy on the device, what the stages call it, and its weights on the CPU."""
+        model = self.cfg.model
+        folder, trust = folder_of(model, self.cfg.paths), getattr(model, "trust_remote_code", False)
+        policy = Policy(folder, trust_remote_code=trust, device=self.device)
+        self.extras = _extras_digest(folder)
+        base = Model(folder, self._digest(policy.weights()))
+        return policy, base, {k: v.to("cpu").clone() for k, v in policy.weights().items()}
+
     def _check_ratios(self) -> None:
         """Raises MergeError where a ratio of some round would be above 1, or a pattern fits no tensor."""
         if isinstance(self.cfg.merge, MergeNone):
@@ -345,15 +356,17 @@ class Bench:
 
     def _check_lengths(self, first: Sequence[Problem]) -> None:
         """Raises TaskError, naming the task, when its prompts leave no room for an answer."""
-        context = self.policy.context
-        train = [Exam(f"train/{self.task.name}", self.task, first)]
-        self.of.check_lengths(self.policy, self.cfg.sampler.max_new_tokens, train)
-        longest = max(len(self.policy.encode_prompt(p.train_prompt)) for p in first)
-        if longest >= min(self.cfg.sft.max_length, context):
+        sft, context = self.cfg.sft, self.policy.context
+        self.of.check_lengths(
+            self.policy, self.cfg.sampler.max_new_tokens, [Exam(f"train/{self.task.name}", self.task, first)]
+        )
+        lengths = [len(self.policy.encode_prompt(p.train_prompt)) for p in first]
+        which, kind = (max(lengths), "longest") if sft.too_long == "stop" else (min(lengths), "shortest")
+        if which >= min(sft.max_length, context):
             raise TaskError(
-                f"task {self.task.name!r}: its longest training prompt has {longest} tokens, sft.max_length is "
-                f"{self.cfg.sft.max_length} and the model's context {context}; lower task.train_shots, or raise "
-                "sft.max_length"
+                f"task {self.task.name!r}: its {kind} training prompt has {which} tokens, "
+                f"sft.max_length is {sft.max_length} and the model's context {context}; lower "
+                "task.train_shots, raise sft.max_length, or leave such problems' solutions out with sft.too_long=drop"
             )
 
     # --- the verbs ---------------------------------------------------------------------------------------------
@@ -550,8 +563,10 @@ class Bench:
             rows = [
                 Example(policy.encode_prompt(e["prompt"]), policy.encode_completion(e["completion"])) for e in examples
             ]
-            total = -(-len(rows) // spec.batch_size) * spec.epochs
             try:
+                if cfg.sft.too_long == "drop":
+                    rows = short_enough(rows, min(spec.max_length, policy.context))
+                total = -(-len(rows) // spec.batch_size) * spec.epochs
                 with progress(f"round {now.number}: fine-tuning", total) as tick:
                     fitted = fit(
                         policy, rows, spec, seed=seed, callbacks=callbacks, scratch=self.scratch,
@@ -562,7 +577,8 @@ class Bench:
                 raise SftError(f"round {now.number}: {error}") from error
             write_folder(folder, policy.weights(), self.base.folder)
             digest = self.loaded = self._digest(policy.weights())
-            return {"digest": digest, "replayed": len(replayed), **dataclasses.asdict(fitted)}
+            dropped = len(examples) - len(rows)
+            return {"digest": digest, "replayed": len(replayed), "dropped": dropped, **dataclasses.asdict(fitted)}
 
         events = None
         if inner:
@@ -573,9 +589,10 @@ class Bench:
         inputs = {
             "start": now.start.digest, "examples": _digest_json(examples), "spec": dataclasses.asdict(spec),
             "events": events, "seed": seed, "base": towards.digest if towards else None,
+            "too_long": cfg.sft.too_long,
         }  # fmt: skip
         if stop_on:
-            inputs |= {"items": _ids(stop_on.problems), "task": task_key(cfg.task), "how": self._decode()}
+            inputs |= {"items": _ids(stop_on.problems), "task": task_key(cfg.task), "how": self._answer()}
             inputs |= self._dtype()
         modules = (*FITTING, *self.sampling) if stop_on else FITTING
         stage = partial(self.store.stage, "fit", inputs, compute, modules=modules)
@@ -598,7 +615,7 @@ class Bench:
 
     def _accuracy(self, policy: Policy, exam: Exam) -> float:
         with in_dtype(policy, getattr(torch, self.dtype)) as copy_:
-            scores = evaluation.greedy_scores(copy_, [exam], on_progress=lambda _: None, **self._decode())
+            scores = evaluation.greedy_scores(copy_, [exam], on_progress=lambda _: None, **self._answer())
         return sum(scores[exam.label]["correct"]) / len(exam.problems)
 
     def merge(self, tuned: Model, now: Round) -> Merged:
@@ -651,7 +668,7 @@ class Bench:
                         for begin, end, piece in merge.pieces(name):
                             own[name].view(-1)[begin:end].copy_(piece)
                     with in_dtype(self.policy, getattr(torch, self.dtype)) as copy_:
-                        scores = evaluation.greedy_scores(copy_, exams, on_progress=tick, **self._decode())
+                        scores = evaluation.greedy_scores(copy_, exams, on_progress=tick, **self._answer())
                     accuracy = {e.label: sum(scores[e.label]["correct"]) / len(e.problems) for e in exams}
                     own_task = accuracy.pop(f"val/{self.task.name}")
                     away = sum(accuracy.values()) / len(accuracy) if accuracy else None
@@ -665,7 +682,7 @@ class Bench:
 
         inputs = {
             "tuned": tuned.digest, "ratio": _compact(ratio), "factors": factors, "metric": policy.metric,
-            "tolerance": policy.tolerance, "items": {e.label: _ids(e.problems) for e in exams}, "how": self._decode(),
+            "tolerance": policy.tolerance, "items": {e.label: _ids(e.problems) for e in exams}, "how": self._answer(),
             "tasks": [task_key(t) for t in (self.cfg.task, *self.of.ours)],
             **self._merge_key(now),
         } | self._dtype()  # fmt: skip
@@ -683,7 +700,7 @@ class Bench:
 
         tasks = [task_key(cfg.task), *map(task_key, self.of.ours)]
         items = {e.label: _ids(e.problems) for e in self.exams}
-        inputs = {"model": model.digest, "tasks": tasks, "items": items, "how": self._decode()} | self._dtype()
+        inputs = {"model": model.digest, "tasks": tasks, "items": items, "how": self._answer()} | self._dtype()
         modules = self.sampling
         if self.of.harness:
             inputs["harness"] = {e.label: e.digest for e in self.of.harness}
@@ -739,7 +756,7 @@ class Bench:
             if practised:
                 with self._sampler(model) as policy:
                     exam = Exam("train", self.task, practised)
-                    scores = evaluation.greedy_scores(policy, [exam], on_progress=lambda _: None, **self._decode())
+                    scores = evaluation.greedy_scores(policy, [exam], on_progress=lambda _: None, **self._answer())
                 out["train/acc"] = (scores["train"]["correct"], [1] * len(practised))
             write_json(folder / "probe.json", out)
             return {}
@@ -747,7 +764,7 @@ class Bench:
         inputs = {
             "model": model.digest, "base": self.base.digest, "held_out": held_out.digest if held_out else None,
             "task": task_key(self.cfg.task), "texts": _ids(own), "ood": [_ids(ps) for ps in away],
-            "train": _ids(practised), "batch_size": spec.batch_size, "how": self._decode(),
+            "train": _ids(practised), "batch_size": spec.batch_size, "how": self._answer(),
             "sacrebleu": version("sacrebleu"),
         } | self._dtype()  # fmt: skip
         return self.store.stage("probe", inputs, compute, modules=(*self.sampling, *PROBING))
@@ -970,6 +987,11 @@ class Bench:
 
     def _decode(self) -> dict[str, Any]:
         return {"max_new_tokens": self.cfg.sampler.max_new_tokens, "batch_size": self.cfg.sampler.batch_size}
+
+    def _answer(self) -> dict[str, int]:
+        """As `_decode`, of greedy answers."""
+        own = self.of.max_new_tokens
+        return self._decode() | ({} if own is None else {"max_new_tokens": own})
 
     def _dtype(self) -> dict[str, str]:
         return {"dtype": self.dtype}
@@ -1268,13 +1290,13 @@ def practice_metrics(facts: Mapping[str, Any]) -> dict[str, float]:
 
 def fit_metrics(facts: Mapping[str, Any]) -> dict[str, float]:
     """sft/*: of the epoch that was kept, the loss, KL(tuned || base) where that is in it; that epoch, where it was
-    chosen; replayed examples, where there are some."""
+    chosen; examples that were replayed, and that were too long, where there are some."""
     at = facts["epoch"] - 1
     return {
         "sft/loss": facts["losses"][at],
         **({"sft/kl": facts["kl"][at]} if facts["kl"] else {}),
         **({"sft/epoch": facts["epoch"]} if facts["scores"] else {}),
-        **({"sft/replayed": facts["replayed"]} if facts["replayed"] else {}),
+        **{f"sft/{name}": facts[name] for name in ("replayed", "dropped") if facts[name]},
     }
 
 
@@ -1320,7 +1342,7 @@ def _digest_json(value: Any) -> str:
 
 
 def _ids(problems: Sequence[Problem]) -> str:
-    return _digest_json([dataclasses.asdict(p) for p in problems])
+    return _digest_json([vars(p) for p in problems])
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -90,8 +90,8 @@ def check_space(runs: Sequence[tuple[Root, int]], store: Path, folder: Path, wor
         if amount > free:
             (cfg, size) = max(runs, key=lambda run: run[1])
             raise StoreError(
-                f"store.keep: the weights of {len(runs)} run{'s' * (len(runs) > 1)} may need {_bytes(amount)} at "
-                f"{place}, where {_bytes(free)} are free (one model has {_bytes(size)}; store.keep is "
+                f"store.keep: the weights of {len(runs)} run{'s' * (len(runs) > 1)} may need {size_said(amount)} at "
+                f"{place}, where {size_said(free)} are free (one model has {size_said(size)}; store.keep is "
                 f"{keep_of(cfg, size)!r}). Use store.keep=last or none, another store.dir, or free space with: "
                 "itermerge-store prune; store.check_space=false skips this estimate, which counts as missing what is "
                 "there already"
@@ -284,13 +284,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.dir, args.older_than, stage=args.stage, weights=args.weights, dry_run=args.dry_run
         )  # fmt: skip
         for kept in gone:
-            console.print(f"{kept.stage} {kept.folder.name[:16]} {_bytes(kept.size)}", soft_wrap=True, highlight=False)
+            console.print(
+                f"{kept.stage} {kept.folder.name[:16]} {size_said(kept.size)}", soft_wrap=True, highlight=False
+            )
         size, linked = sum(k.size for k in gone), sum(k.linked for k in gone)
         said = "would go" if args.dry_run else "removed"
-        also = f"; run folders hold {_bytes(linked)} of it, which stays until they go" if linked else ""
+        also = f"; run folders hold {size_said(linked)} of it, which stays until they go" if linked else ""
         console.print(
             f"{len(gone)} {'weights' if args.weights else 'artifacts'} and {left} leftovers {said}: "
-            f"{_bytes(size)}{also}", soft_wrap=True,
+            f"{size_said(size)}{also}", soft_wrap=True,
         )  # fmt: skip
 
 
@@ -298,19 +300,19 @@ def _table(root: Path, stage: str | None, order: str, width: int) -> Table:
     """A line an artifact, and a line a stage at the end."""
     kept = [k for k in artifacts(root) if stage in (None, k.stage)]
     kept.sort(key=(lambda k: -k.used) if order == "age" else (lambda k: -k.size))
-    total = f"{len(kept)} artifacts, {_bytes(sum(k.size for k in kept))}, in {root}"
+    total = f"{len(kept)} artifacts, {size_said(sum(k.size for k in kept))}, in {root}"
     table = Table(title=total, title_justify="left", padding=(0, 0))
     for column in ("stage", "key", "size", "last use", "config"):
         table.add_column(column, justify="right" if column in ("size", "last use") else "left", no_wrap=True)
     room = max(10, width - 54)  # what the other columns leave
     now = time.time()
     for k in kept:
-        table.add_row(k.stage, k.folder.name[:16], _bytes(k.size), _ago(now - k.used), _config(k.inputs())[:room])
+        table.add_row(k.stage, k.folder.name[:16], size_said(k.size), _ago(now - k.used), _config(k.inputs())[:room])
     table.add_section()
     for name in sorted({k.stage for k in kept}):
         mine = [k for k in kept if k.stage == name]
         oldest = _ago(now - min(k.used for k in mine))
-        table.add_row(name, f"all {len(mine)}", _bytes(sum(k.size for k in mine)), f"<= {oldest}", "")
+        table.add_row(name, f"all {len(mine)}", size_said(sum(k.size for k in mine)), f"<= {oldest}", "")
     return table
 
 
@@ -350,7 +352,7 @@ def _ago(seconds: float) -> str:
     return f"{max(seconds, 0) / 60:.0f} min"
 
 
-def _bytes(size: float) -> str:
+def size_said(size: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -21,6 +21,10 @@ class TaskError(ValueError):
     """A task that cannot be used: no problems, overlapping splits, a gold answer that its own verifier rejects."""
 
 
+class NoData(TaskError):
+    """A task whose data are not here and cannot be fetched."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One question. `prompt` is what the model reads, `text` identifies the question (splits are disjoint in it)."""

@@ -28,7 +28,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-from . import Problem, Split, TaskError, Verdict, derive_seed, latex, prompts, verifiers
+from . import NoData, Problem, Split, TaskError, Verdict, derive_seed, latex, prompts, verifiers
 
 log = logging.getLogger(__name__)
 SHOTS = Path(__file__).parent / "shots"  # worked examples of our own; they stand in no data set
@@ -368,7 +368,7 @@ def _load(
     if local and revision is not None:
         raise TaskError(f"{where}: task.revision={revision} is for the hub, and this is a local path; leave it null")
     if not local and (kind is not None or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
-        raise TaskError(f"{where}: there is no such file or folder; ASDiv and GSM8K's test set: make wordproblems")
+        raise NoData(f"{where}: there is no such file or folder; ASDiv and GSM8K's test set: make wordproblems")
     with _quiet() as datasets:
         try:
             if not local:
@@ -388,9 +388,7 @@ def _load(
                 "login`; without a network (HF_HUB_OFFLINE=1) it must be in the hub's cache, or give task.path a local "
                 "copy"
             )  # fmt: skip
-            raise TaskError(
-                f"{where}: split {split!r}, name {subset!r} could not be loaded ({first}); {way}"
-            ) from error
+            raise NoData(f"{where}: split {split!r}, name {subset!r} could not be loaded ({first}); {way}") from error
     if not rows:
         raise TaskError(f"{where}: split {split!r} is empty")
     return tuple(rows)
