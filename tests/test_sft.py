@@ -182,7 +182,7 @@ def test_a_fit_learns_and_gives_the_mean_loss_of_each_epoch(tiny: Policy, tmp_pa
 
     ticks: list[int] = []
     spec = replace(SPEC, epochs=3, lr=1e-2)
-    losses = fit(tiny, EXAMPLES, spec, seed=0, callbacks=[Losses()], scratch=tmp_path, on_progress=ticks.append)
+    losses = fit(tiny, EXAMPLES, spec, seed=0, callbacks=[Losses()], scratch=tmp_path, on_progress=ticks.append).losses
     assert losses == pytest.approx([sum(seen[at : at + 3]) / 3 for at in (0, 3, 6)])
     assert losses[0] > losses[1] > losses[2]
     assert ticks == [1] * 9
