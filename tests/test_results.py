@@ -15,7 +15,10 @@ from itermerge import study, study_layers, study_merges
 RESULTS = Path(__file__).parent.parent / "results"
 STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/matched.csv"))
 TABLES = ("tasks", "grid", "chosen", "matched", "robust")
-CONTROLS = {"lab_merges": "lab_study", "smollm2_merges": "smollm2"}  # where a study of merges takes its controls
+CONTROLS = {  # where a study of merges takes its controls
+    "lab_merges": ["lab_study"], "lab_baselines": ["lab_study"], "lab_ablations": ["lab_study"],
+    "lab_distill": ["lab_study"], "smollm2_merges": ["smollm2"], "smollm2_baselines": ["smollm2", "smollm2_merges"],
+}  # fmt: skip
 MERGES = sorted(f.parent.name for f in RESULTS.glob("*/merges.csv"))
 
 
@@ -54,7 +57,7 @@ def test_tables_of_merges_are_those_of_the_chains_and_stand_in_the_readme(
 ) -> None:
     """Means to the digit; intervals, and the p of a bootstrap, are left out."""
     monkeypatch.setattr(study, "RESAMPLES", 2)
-    chains, _ = study.find([RESULTS / name, RESULTS / CONTROLS[name]])
+    chains, _ = study.find([RESULTS / name, *(RESULTS / other for other in CONTROLS[name])])
     made = study_merges.tables(study_merges.Merges(study.Study(study.methods_of(chains))))
     for table, rows in made.items():
         with (RESULTS / name / f"{table}.csv").open() as file:
