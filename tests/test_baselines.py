@@ -16,12 +16,13 @@ import pytest
 import torch
 from conftest import SMALL, compose_config, itermerge, read_rounds, run_here
 
+from itermerge import stages
 from itermerge.config import ConfigError, check, conf_dir
 from itermerge.evaluation import elect
 from itermerge.policy import Policy
 from itermerge.sft import IGNORED, Example, FitSpec, Fitted, _TowardsBase, fit, token_divergence
 from itermerge.tasks import TaskError
-from itermerge.tasks.lab import part_of
+from itermerge.tasks.lab import LabTask, part_of
 
 ONE = ("rounds=1", "suite.pass_k_n=0", "analysis.importance=[]", "analysis.kl_n=0", "analysis.train_n=0")
 CHAIN = ("task.family=chain", "suite.near=[{kind: lab, family: pair}]")  # which the base solves now and then
@@ -139,7 +140,7 @@ def test_election_by_hand() -> None:
     assert elect([]) is None
 
 
-def test_with_majority_labels_gold_answers_choose_nothing(tmp_path: Path) -> None:
+def test_with_majority_labels_gold_answers_choose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_here(
         tmp_path / "run", "baseline=majority", *ONE, *CHAIN, "task.max_solutions=null"
     )  # fmt: skip
@@ -153,6 +154,17 @@ def test_with_majority_labels_gold_answers_choose_nothing(tmp_path: Path) -> Non
     }
     assert {(e["id"], e["completion"]) for e in examples} == expected
     assert any(not s["verdict"] for s in samples if (s["id"], s["completion"]) in expected)  # a wrong label was learnt
+
+    # with other gold answers the same examples
+    def wrong(self: LabTask, *args: Any) -> list[Any]:
+        return [dataclasses.replace(p, answer="0", gold="#0") for p in drawn(self, *args)]
+
+    drawn = LabTask.problems
+    monkeypatch.setattr(LabTask, "problems", wrong)
+    run_here(
+        tmp_path / "wrong", "baseline=majority", *ONE, *CHAIN, "task.max_solutions=null"
+    )  # fmt: skip
+    assert lines(tmp_path / "wrong", "examples.jsonl") == examples
     line = read_rounds(tmp_path / "run")[1]
     labelled = {i for i, answer in elected.items() if answer is not None}
     gold = {s["id"]: s["gold"] for s in samples}
@@ -161,6 +173,26 @@ def test_with_majority_labels_gold_answers_choose_nothing(tmp_path: Path) -> Non
 
 
 # --- hints ----------------------------------------------------------------------------------------------------------
+
+
+def test_importance_is_measured_on_the_bases_own_solutions_without_hints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With hints the same examples as without; with a teacher those of a run without one."""
+    seen: list[list[str]] = []
+
+    def spy(self: Any, solutions: Any, name: str = "importance") -> Any:
+        seen.append(sorted({s["prompt"] for s in solutions}))
+        return measured(self, solutions, name)
+
+    measured = stages.Bench.importance
+    monkeypatch.setattr(stages.Bench, "importance", spy)
+    own = (*CHAIN, "rounds=1", "suite.pass_k_n=0", "analysis.importance=[block_influence]", "analysis.kl_n=0")
+    for number, more in enumerate([[], ["sampler.hints=30"], ["teacher=lab", "teacher.seed=1"]]):
+        run_here(tmp_path / str(number), *own, "sampler.n=2", *more)
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0]
+    assert not any("#" in prompt for prompt in seen[0])
 
 
 def test_hints_are_for_unsolved_problems_and_not_learnt(tmp_path: Path) -> None:
@@ -183,15 +215,22 @@ def test_hints_are_for_unsolved_problems_and_not_learnt(tmp_path: Path) -> None:
 # --- replay ---------------------------------------------------------------------------------------------------------
 
 
-def test_replayed_examples_are_a_share_of_a_fit(tmp_path: Path) -> None:
-    from itermerge.tasks.lab import FAMILIES, corpus
+def test_replayed_examples_are_a_share_of_a_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the part that the bases were pretrained on, which no task draws from."""
+    learnt: list[Example] = []
 
-    run_here(tmp_path / "run", "baseline=replay", *ONE, "sft.replay_share=0.5")
+    def spy(policy: Policy, examples: list[Example], *rest: Any, **how: Any) -> Fitted:
+        learnt.extend(examples)
+        texts.extend(policy.tokenizer.decode(e.prompt) for e in examples)
+        return fit(policy, examples, *rest, **how)
+
+    texts: list[str] = []
+    monkeypatch.setattr(stages, "fit", spy)
+    run_here(tmp_path / "run", "baseline=replay", *ONE, "sft.replay_share=0.5", f"store.dir={tmp_path}/store")
     line = read_rounds(tmp_path / "run")[1]
-    assert line["sft/replayed"] == line["train_sample/examples"]
-    for prompt, completion in corpus(50, dict.fromkeys(FAMILIES, 1.0), (1, 1), 0):
-        assert part_of(prompt) == "pretrain"  # no task draws from there
-        assert "#" in completion
+    old = [text for text in texts if part_of(text) == "pretrain"]
+    assert line["sft/replayed"] == line["train_sample/examples"] == len(old) == len(learnt) / 2
+    assert len({text.split()[0] for text in old}) > 3  # of several families
 
 
 def test_replay_from_a_file_takes_what_it_has_and_names_bad_lines(
@@ -204,6 +243,12 @@ def test_replay_from_a_file_takes_what_it_has_and_names_bad_lines(
     run_here(tmp_path / "run", *ONE, f"sft.replay={file}", "sft.replay_share=0.5")
     assert read_rounds(tmp_path / "run")[1]["sft/replayed"] == 2
     assert "examples were wanted" in caplog.text
+    long = {"prompt": "find 11+?=99?", "completion": "1" * 300}
+    with file.open("a") as more:
+        more.write(json.dumps(long) + "\n")
+    run_here(tmp_path / "long", *ONE, f"sft.replay={file}", "sft.replay_share=0.5")
+    assert "1 have more than 256 tokens" in caplog.text  # before anything is computed, and left out
+    assert read_rounds(tmp_path / "long")[1]["sft/replayed"] == 2
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(TaskError, match=r"^sft\.replay: .*replay\.jsonl, line 2: expected .*completion"):
         run_here(tmp_path / "bad", *ONE, f"sft.replay={file}", "sft.replay_share=0.5")
@@ -247,7 +292,7 @@ BASELINES = sorted(f.stem for f in (conf_dir() / "baseline").glob("*.yaml"))
 def test_a_baseline_is_one_word_and_has_its_name(name: str) -> None:
     plain, cfg = check(compose_config()), check(compose_config(f"baseline={name}"))
     assert cfg.label == name
-    assert cfg.merge.every_n_epochs in (1, "last")
+    assert cfg.merge.every_n_epochs == "last"
     differs = {k for k in vars(cfg) if getattr(cfg, k) != getattr(plain, k)} - {"label"}
     assert differs, f"{name} is the default under another name"
     text = (conf_dir() / "baseline" / f"{name}.yaml").read_text()
@@ -288,7 +333,8 @@ def test_cases_of_a_sweep_are_no_grid(tmp_path: Path) -> None:
     made.mkdir(parents=True)
     (made / "mine.yaml").write_text(
         "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    cases:\n      plain: []\n"
-        "      pulled: [sft.l2_to_base=1, merge.ratio=0.3]\n    params:\n      seed: 0,1\n      merge.ratio: null\n"
+        "      pulled: [sft.l2_to_base=1, merge.ratio=0.3, sft.lr=1e-4]\n    params:\n      seed: 0,1\n      merge.ratio: null\n"
+        "      sft.lr: 2e-4\n"
     )
     words = ("--config-dir", str(tmp_path / "conf"), "experiment=mine", *SMALL, *ONE, "hydra.sweep.dir=out")
     done = itermerge(*words, "merge.ratio=0.7", cwd=tmp_path)
@@ -300,6 +346,7 @@ def test_cases_of_a_sweep_are_no_grid(tmp_path: Path) -> None:
     configs = [(tmp_path / "out" / str(i) / "config.yaml").read_text() for i in range(4)]
     assert ["l2_to_base: 1.0" in c for c in configs] == [False, False, True, True]
     assert all("ratio: 0.7" in c for c in configs)
+    assert ["lr: 0.0001" in c for c in configs] == [False, False, True, True]  # a case counts more than params
     # the report names the settings, and has no vanilla to compare them with
     assert "pulled" in done.stdout
     assert "no finished job is vanilla" in (tmp_path / "out" / "report.html").read_text()

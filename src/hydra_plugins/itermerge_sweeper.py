@@ -69,7 +69,8 @@ class CheckedSweeper(BasicSweeper):
                 self.launch({i: todo[i] for i in numbers[at : at + size]}, folder, cfgs[0].sweep.on_error)
 
     def expand(self, arguments: list[str]) -> list[list[str]]:
-        """The overrides of each job; what was typed comes after a case's own, and so counts. Raises ConfigError."""
+        """The overrides of each job. A case's own count more than params, what was typed more than both. Raises
+        ConfigError."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         parsed = parser.parse_overrides([*(f"{k}={v}" for k, v in self.params.items()), *arguments])
@@ -77,7 +78,13 @@ class CheckedSweeper(BasicSweeper):
         for name, own in self.cases.items():
             if not re.fullmatch(r"[\w-]+", str(name)) or not isinstance(own, Sequence) or isinstance(own, str):
                 raise ConfigError(f"hydra.sweeper.cases.{name}: expected a name and a list of overrides, got {own!r}")
-        return [[f"label={name}", *map(str, own), *job] for name, own in self.cases.items() for job in grid] or grid
+        typed = {_key(o) for o in arguments}
+        jobs = []
+        for name, own in self.cases.items():
+            for job in grid:
+                given = [o for o in job if _key(o) in typed]
+                jobs.append([f"label={name}", *(o for o in job if o not in given), *map(str, own), *given])
+        return jobs or grid
 
     def check(self, jobs: Sequence[Sequence[str]]) -> list[Root]:
         """Each job's config. Raises ConfigError naming the job."""
@@ -140,6 +147,10 @@ class CheckedSweeper(BasicSweeper):
             elif not isinstance(result._return_value, cli.NotStarted | cli.Occupied):
                 _mark_failed(folder / str(i), result._return_value)
         return done
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def _mark_failed(folder: Path, error: Any) -> None:

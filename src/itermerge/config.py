@@ -218,7 +218,9 @@ class Sft:
     data: str = knob(among=("replace", "accumulate"))
     l2_to_base: float = knob(ge=0)  # times half the squared distance from the base, added to the loss
     kl_to_base: float = knob(ge=0)  # times KL(tuned || base) in nats a completion token, added to the loss
-    replay: str | None = MISSING  # a JSON-lines file of prompt and completion, or `lab`: the lab's pretraining data
+    replay: str | None = (
+        MISSING  # a JSON-lines file of prompt and completion, or `lab`: fresh solutions of all its families
+    )
     replay_share: float = knob(ge=0, lt=1)  # of a fit's examples
     patience: int | None = field(default=MISSING, metadata={"ge": 1})  # epochs without a better validation accuracy
 
@@ -886,9 +888,7 @@ def _check_sft(root: Root) -> None:
     if (sft.replay is None) != (sft.replay_share == 0):
         raise ConfigError("sft.replay, sft.replay_share: go together, as sft.replay=FILE sft.replay_share=0.25")
     if sft.replay == "lab" and not isinstance(root.model, ModelLab):
-        raise ConfigError(
-            "sft.replay=lab: is what the lab's bases learnt from; for another model give a JSON-lines file"
-        )
+        raise ConfigError("sft.replay=lab: is of the lab's families; for another model give a JSON-lines file")
     if sft.l2_to_base and root.model.lora.rank is not None:
         raise ConfigError("sft.l2_to_base: is of all weights, which adapters leave as they are; use sft.kl_to_base")
     every = root.merge.every_n_epochs if isinstance(root.merge, MergeEvents) and not is_vanilla(root.merge) else "last"
@@ -898,6 +898,8 @@ def _check_sft(root: Root) -> None:
         raise ConfigError("task.labels=majority: needs votes; use sampler.n=8")
     if root.task.labels == "majority" and root.sampler.hints:
         raise ConfigError("sampler.hints: give gold answers away, task.labels=majority does without; leave one out")
+    if root.task.labels == "majority" and getattr(getattr(root.merge, "policy", None), "importance", None):
+        raise ConfigError("merge.policy.importance: is measured by gold answers, task.labels=majority does without")
     if root.sampler.hints and isinstance(root.teacher, TeacherFile):
         raise ConfigError("sampler.hints: nothing is sampled with teacher=file; leave it 0")
     if "\n" in root.label:

@@ -145,9 +145,9 @@ def drop_weights(
 
 
 def solved(samples: Artifact) -> list[dict[str, Any]]:
-    """The different correct samples of a round with the prompts that they answered."""
+    """The different correct samples of a round with the prompts that they answered, those with hints left out."""
     rows = stages.read_lines(samples.folder / "samples.jsonl")
-    return unique([row for row in rows if row["verdict"]])
+    return unique([row for row in rows if row["verdict"] and "hint" not in row])
 
 
 def unique(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -215,7 +215,8 @@ class RunRecord:
     def measure_importance(self, bench: Bench, samples: Artifact) -> None:
         """Importance of the base's layers, once a chain: on its own solutions of the first round that has some."""
         spec = self.cfg.analysis
-        wanted = {"importance": lambda: solved(samples)} if spec.importance else {}
+        own = (lambda: samples) if bench.cfg.teacher.kind == "none" else bench.solved_by_base
+        wanted = {"importance": lambda: solved(own())} if spec.importance else {}
         if spec.importance and spec.ood:
             wanted["importance_ood"] = lambda: list(stages.read_lines(bench.solutions_ood().folder / "examples.jsonl"))
         for name, solutions in wanted.items():

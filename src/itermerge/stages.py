@@ -302,6 +302,7 @@ class Bench:
         self.loaded = self.base.digest
         self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
         self.keep = store.keep = keep_of(cfg, self.size)
+        self.replay = self._fit_for_replay(self.replay)
         self.teacher = self._find_teacher()
         self._check_ratios()
         self._base_logs: list[list[torch.Tensor]] | None = None
@@ -315,6 +316,23 @@ class Bench:
             for name, completion in read_pairs(self.cfg.teacher.path, "teacher.path", ("id", "question")):
                 written.setdefault(_one_line(name), []).append(completion)
         return pairs, written
+
+    def _fit_for_replay(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those of a replay file that may be learnt: not too long, and not among evaluated problems
+        (task.decontaminate). Raises TaskError where none is left."""
+        most = min(self.cfg.sft.max_length, self.policy.context)
+        sizes = [len(e.prompt) + len(e.completion) for e in self._examples(pairs)]
+        short = [pair for pair, size in zip(pairs, sizes, strict=True) if size <= most]
+        clean = [p for p in short if self.cfg.task.decontaminate is None or self.evaluated.has(p[0]) is None]
+        if len(clean) < len(pairs):
+            said = (
+                f"sft.replay: of {len(pairs)} examples of {self.cfg.sft.replay}, {len(pairs) - len(short)} have more "
+                f"than {most} tokens (sft.max_length, context), {len(short) - len(clean)} stand in evaluated problems"
+            )
+            if not clean:
+                raise TaskError(f"{said}; none is left")
+            log.warning("%s; they are left out", said)
+        return clean
 
     def _find_teacher(self) -> Model | None:
         """The model that solves the problems in place of the one that practises. Raises TaskError or PolicyError."""
@@ -427,6 +445,10 @@ class Bench:
         solved = {row["id"] for row in read_lines(samples.folder / "examples.jsonl")}
         left = [p for p in self.train_problems(number) if p.id not in solved]
         return self.verify(first, number, self.sample(model, number, left, hints=True)) if left else samples
+
+    def solved_by_base(self) -> Artifact:
+        """samples.jsonl of the base's own solutions of the first round's problems, for runs that a teacher solves."""
+        return self.verify(self.sample(self.base, 1, self.train_problems(1)), 1)
 
     def given(self, number: int) -> Artifact:
         """completions.jsonl: the first `sampler.n` solutions of each problem in the teacher's file."""

@@ -424,12 +424,16 @@ def _others(
         return [(way, other, False) for way, other in zip(ways, said, strict=True)]
     looked_at = [*varied, *OLDER[2:]]  # of merges, what a constant ratio has as well
     values = [[str(c.get(k, PLAIN.get(k))) for k in looked_at] for c in configs]
-    usual = [Counter(column).most_common(1)[0][0] for column in zip(*values, strict=True)]
+    for own, config in zip(values, configs, strict=True):
+        if is_vanilla(config):  # merges nothing, whatever its keys
+            own[len(varied) :] = [""] * (len(looked_at) - len(varied))
+    columns = [[v for v in column if v] or [""] for column in zip(*values, strict=True)]
+    usual = [Counter(column).most_common(1)[0][0] for column in columns]
     usual = [str(PLAIN[k]) if k in PLAIN else u for k, u in zip(looked_at, usual, strict=True)]
     settings: dict[str, tuple[list[str], str]] = {}
     out = []
     for config, own, way in zip(configs, values, ways, strict=True):
-        apart = [f"{k}={v}" for k, v, u in zip(looked_at, own, usual, strict=True) if v != u]
+        apart = [f"{k}={v}" for k, v, u in zip(looked_at, own, usual, strict=True) if v != u and v]
         label = str(config.get("label") or "")
         if apart and label and settings.setdefault(label, (own, way)) != (own, way):
             raise StudyError(
@@ -591,9 +595,9 @@ class Study:
                 ]  # fmt: skip
                 control = find((m, self.rounds), cells)
                 if control is None:
-                    rows.append({"equal": how, "method": m.name, "round": self.rounds, "control": "none is near"})
+                    rows.append({"equal": how, "method": m.name, "round": m.at(self.rounds), "control": "none is near"})
                     continue
-                pairs.append(((m, self.rounds), control))
+                pairs.append(((m, m.at(self.rounds)), control))
                 rows.append({"equal": how, **self._compare(*pairs[-1])})
             if len(pairs) > 1:
                 mean = {group: self.against(pairs, group).points() for group in self.groups}

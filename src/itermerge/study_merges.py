@@ -25,6 +25,9 @@ items:
 - (b) *vanilla*: of vanilla's cells (any learning rate and round) within a point the one with the smallest drift.
 - (b') *vanilla at equal drift*: of vanilla's cells whose drift is within 15% the one with the nearest drift.
 
+A method that chooses on validation items itself (early stopping) has a validation accuracy that is too high, and so
+controls that have learned more: this speaks against it.
+
 Where no cell is near enough there is no control, and that stands there. (a) and (b) choose among many cells, and a
 rule is one, at one learning rate: a rule that loses may win elsewhere; one that wins here beats a tuned control.
 
@@ -229,8 +232,9 @@ class Merges:
                 more = [self.label(a.rule[0]) for a, gap in sure if gap.value > 0 and a.found["ID"].high >= 0]
                 less = [self.label(a.rule[0]) for a, gap in sure if gap.value < 0 and a.found["ID"].low <= 0]
                 above, below = sum(gap.low > 0 for _, gap, _ in gaps), sum(gap.high < 0 for _, gap, _ in gaps)
+                equal = "drift" if kind == DRIFT else "ID"
                 lines.append(
-                    f"{side}: keeps more at equal ID: {', '.join(more) or 'none'}; keeps less: "
+                    f"{side}: keeps more at equal {equal}: {', '.join(more) or 'none'}; keeps less: "
                     f"{', '.join(less) or 'none'} (uncorrected, {above} intervals are above 0 and {below} below)."
                 )
             out.append(" ".join(lines))
