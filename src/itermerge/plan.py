@@ -302,13 +302,17 @@ class Sketch(Bench):
             path, revision = _snapshot(teacher.path, teacher.revision), teacher.revision
         else:
             return None
-        outline = Outline(path, revision, key="teacher.path")
+        trust = isinstance(teacher, TeacherHF) and teacher.trust_remote_code
+        outline = self.teaching = Outline(path, revision, trust, key="teacher.path")
         self.teaches, files = outline.shape, list(outline.folder.glob("*.safetensors"))
         if not files or sum(f.stat().st_size for f in files) > LOOK_UP_TO:
             self.store.blind = True
             self._say("what the store has is not known: it goes by the teacher's weights, which are not here, or large")
             return Model(outline.folder, f"{PLANNED}{path}")
         return super()._find_teacher()
+
+    def _teacher_reader(self, teacher: Model) -> Policy:
+        return self.teaching
 
     def _digest_of(self, policy: Outline) -> str | None:
         """Of a base whose files are here and are read in a moment; else None."""
