@@ -1,5 +1,5 @@
-"""Whether prompts fit is told at the start of a run: of every round, of the teacher, of hints, and of OOD items that are
-solved."""
+"""Whether prompts fit is told at the start of a run: of every round, of the teacher, of hints, and of OOD items that
+are solved."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def test_problems_of_all_rounds(start: Callable[..., Bench], monkeypatch: pytest
     with pytest.raises(TaskError, match=r"task 'train/find': its longest prompt has 100 tokens .* is 200, .* 256"):
         start("sampler.max_new_tokens=200", "task.problems=fresh")
     key = "train_prompt"
-    with pytest.raises(TaskError, match=r"its longest training prompt of round 2 has 100 tokens, sft\.max_length is 90"):
+    with pytest.raises(
+        TaskError, match=r"its longest training prompt of round 2 has 100 tokens, sft\.max_length is 90"
+    ):
         start("sft.max_length=90", "task.problems=fresh")
 
 

@@ -2,8 +2,8 @@
 
 What `itermerge-evaluate model=hf model.path=DIR` does. Items, decoding and figures are those of a run with the same
 task, suite and sampler, so a model that a run exported gets that run's own scores. Writes into a folder of its own:
-scores.json and held_out.jsonl of `model` (of others in other_1/, other_2/, ...), config.yaml, and evaluation.json with all
-figures.
+scores.json and held_out.jsonl of `model` (of others in other_1/, other_2/, ...), config.yaml, and evaluation.json with
+all figures.
 """
 
 from __future__ import annotations

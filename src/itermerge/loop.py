@@ -45,8 +45,8 @@ class Parts(NamedTuple):
 def run(
     cfg: Root, folder: Path, tracker: tracking.Tracker, parts: Parts | None = None, until: int | None = None
 ) -> dict[str, Any]:
-    """Runs the loop and writes the run folder; the summary. `parts` are others than the usual ones: a plan's. `until` is
-    a round to stop after: what rounds depend on, as schedules, goes by `cfg.rounds` as before."""
+    """Runs the loop and writes the run folder; the summary. `parts` are others than the usual ones: a plan's. `until`
+    is a round to stop after: what rounds depend on, as schedules, goes by `cfg.rounds` as before."""
     parts = parts or Parts(Store, Bench, RunRecord)
     private = folder / "stages"  # store=none: stages live in the run folder until the run is done
     root = Path(cfg.store.dir).expanduser() if isinstance(cfg.store, StoreLocal) else private

@@ -81,8 +81,8 @@ class Policy:
 
 
 def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Messages as the tokenizer's chat template writes them, ready for an answer. Some templates write the date: a fixed
-    one, or the same run would differ tomorrow."""
+    """Messages as the tokenizer's chat template writes them, ready for an answer. Some templates write the date: a
+    fixed one, or the same run would differ tomorrow."""
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, date_string=DATE, strftime_now=lambda _: DATE
     )

@@ -61,7 +61,17 @@ from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_
 from .tasks.contamination import Evaluated
 from .tracking import progress
 from .upkeep import keep_of
-from .weights import WEIGHTS_FILE, Checkpoint, PolicyError, Weights, digest_weights, place_of, read_weights, resolve, write_folder
+from .weights import (
+    WEIGHTS_FILE,
+    Checkpoint,
+    PolicyError,
+    Weights,
+    digest_weights,
+    place_of,
+    read_weights,
+    resolve,
+    write_folder,
+)
 
 T = TypeVar("T")
 Ratio = float | Mapping[str, float]
@@ -199,6 +209,19 @@ def sampling_dtype(asked: str, device: str) -> str:
     return asked if asked != "auto" else "bfloat16" if fast_at_bfloat16(device) else "float32"
 
 
+def harness_exam(spec: TaskHarness, suite: Suite) -> HarnessExam:
+    """The items of a task of lm_eval. Raises TaskError, and NoData where its data are not here."""
+    return HarnessExam(
+        label(spec),
+        spec.task,
+        spec.metric,
+        n=suite.n,
+        seed=suite.seed,
+        num_fewshot=spec.num_fewshot,
+        include_path=spec.include_path,
+    )
+
+
 class Exams:
     """The items that a task and a suite are evaluated on, and a model's scores on them. Raises TaskError where a task
     or its items cannot be used.
@@ -207,17 +230,15 @@ class Exams:
     are OOD tasks of lm-evaluation-harness, which have test items alone.
     """
 
-    def __init__(self, spec: Any, suite: Suite, build: Callable[[Any], Task] = build_task) -> None:
+    def __init__(
+        self, spec: Any, suite: Suite, build: Callable[[Any], Task] = build_task,
+        harness: Callable[[TaskHarness, Suite], HarnessExam] = harness_exam,
+    ) -> None:  # fmt: skip
         away = (*suite.near, *suite.far)
         self.task, self.max_new_tokens = build(spec), suite.max_new_tokens
         self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
         self.ours = [s for s in away if not isinstance(s, TaskHarness)]
-        self.harness = [
-            HarnessExam(
-                label(s), s.task, s.metric, n=suite.n, seed=suite.seed, num_fewshot=s.num_fewshot,
-                include_path=s.include_path,
-            ) for s in away if isinstance(s, TaskHarness)
-        ]  # fmt: skip
+        self.harness = [harness(s, suite) for s in away if isinstance(s, TaskHarness)]
         if self.harness:
             log.warning(
                 "OOD accuracy alone is measured on %s: lm_eval's tasks have no validation items and no solutions to "
@@ -305,7 +326,7 @@ class Bench:
         self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
         if self.precision == "auto":
             self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
-        of = self.of = Exams(cfg.task, cfg.suite, self._build)
+        of = self.of = Exams(cfg.task, cfg.suite, self._build, self._build_harness)
         self.task, self.exams, self.validation, self.near, self.far = of.task, of.all, of.validation, of.near, of.far
         kinds = sorted({s.kind for s in (cfg.task, *of.ours)})
         self.sampling = (*SAMPLING, *(file for kind in kinds for file in TASK_FILES[kind]))
@@ -352,6 +373,9 @@ class Bench:
     def _build(self, spec: Any) -> Task:
         return build_task(spec)
 
+    def _build_harness(self, spec: TaskHarness, suite: Suite) -> HarnessExam:
+        return harness_exam(spec, suite)
+
     def _open(self) -> tuple[Policy, Model, Weights]:
         """The base model as a policy on the device, what the stages call it, and its weights on the CPU."""
         model = self.cfg.model
@@ -381,8 +405,8 @@ class Bench:
         return Reader(teacher.folder, trust_remote_code=trust)
 
     def _check_lengths(self) -> None:
-        """Raises TaskError, naming the task, when prompts of any round leave no room for an answer, PolicyError when the
-        teacher cannot read them; warns when a solution may be too long to learn from."""
+        """Raises TaskError, naming the task, when prompts of any round leave no room for an answer, PolicyError when
+        the teacher cannot read them; warns when a solution may be too long to learn from."""
         cfg, name, new = self.cfg, self.task.name, self.cfg.sampler.max_new_tokens
         self.of.check_lengths(self.policy, new)
         if cfg.analysis.importance and cfg.analysis.ood:
