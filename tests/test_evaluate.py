@@ -134,7 +134,7 @@ def test_a_task_with_a_test_split_alone(tmp_path: Path) -> None:
         (["model.lora.rank=4"], r"model\.lora\.rank: is of training"),
         (["task.decontaminate=5", "task=gsm8k"], r"task\.decontaminate: is of training"),
         (["task.train_prompt=alpaca", "task=gsm8k"], r"task\.train_prompt: is of training"),
-        (["task=math500"], r"suite\.pass_k_n: .* splits\.validation names no split of HuggingFaceH4/MATH-500; use"),
+        (["task=math500"], r"suite\.pass_k_n: .*splits\.validation names no split of HuggingFaceH4/MATH-500; use"),
         (["task=math500", "suite.pass_k_n=0", "task.n_validation=4"], r"task\.n_validation: .*; leave it out"),
         (["task=math500", "suite.pass_k_n=0", "task.splits.test=null"], r"task\.splits\.test: names no split"),
         (["sampler.hints=2"], r"sampler\.hints: is of training"),
@@ -169,7 +169,8 @@ def test_a_mistake_ends_the_command_with_its_message(
     made = _evaluate(tmp_path, "suite.n=4", "out=out", *(w.format(small=small) for w in words))
     assert (made.returncode, made.stdout) == (2, "")
     assert re.search(f"^error: .*{message}", made.stderr, re.MULTILINE), made.stderr
-    assert not list((tmp_path / "out").glob("*.*"))
+    assert not list(tmp_path.rglob("scores.json"))
+    assert not (tmp_path / "out/config.yaml").exists()
 
 
 def test_help(tmp_path: Path) -> None:

@@ -289,7 +289,6 @@ def test_a_round_of_a_run_that_failed_later(tmp_path: Path, home: Path, monkeypa
     with pytest.raises(RuntimeError, match="a failure"):
         run_here(tmp_path / "a", *words)
     assert export.placed(tmp_path / "a", 1) is None
-    monkeypatch.setattr(cli, "_set_threads", lambda _: None)
     made.clear()
     cfg = cli._config_of(tmp_path / "a")
     with cli._weights_of(cfg, tmp_path / "a", 1, tmp_path / "near") as folder:

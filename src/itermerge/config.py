@@ -869,7 +869,7 @@ def _check_tasks(root: Root | Evaluate) -> None:
     alone = isinstance(root, Evaluate) and is_test_only(root.task)
     if alone and root.suite.pass_k_n:
         raise ConfigError(
-            f"suite.pass_k_n: is of validation problems, and task.splits.validation names no split of "
+            "suite.pass_k_n: is of validation problems, and task.splits.validation names no split of "
             f"{root.task.path}; use suite.pass_k_n=0, or give one"
         )
     if not alone and root.suite.pass_k_n > root.task.n_validation:
