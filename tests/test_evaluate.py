@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_figures_are_those_of_the_scores(done: tuple[Path, str]) -> None:
     folder, said = done
+    assert "suite:" in (folder / "config.yaml").read_text()
     found = json.loads((folder / "evaluation.json").read_text())
     assert [m["model"] for m in found["models"]] == ["lab, seed 0", str(SEED1)]
     for model, place in zip(found["models"], (folder, folder / "other_1"), strict=True):
@@ -107,12 +109,34 @@ def test_in_domain_alone_and_a_finished_folder(tmp_path: Path) -> None:
     assert "out holds something already, which is never overwritten" in again.stderr
 
 
+def test_a_task_with_a_test_split_alone(tmp_path: Path) -> None:
+    """Three sums that the lab's base cannot do; validation items are neither needed nor told of."""
+    _check("task=math500", "suite.pass_k_n=0")
+    rows = [json.dumps({"q": f"{i} x?", "a": str(10**6 + i)}) for i in range(3)]
+    (tmp_path / "sums.jsonl").write_text("\n".join(rows))
+    made = _evaluate(
+        tmp_path, "task=hub", "task.path=sums.jsonl", "task.question=q", "task.answer=a", "task.verifier=numeric",
+        "task.splits={train: null, validation: null, test: train}", "suite.near=[]", "suite.far=[]", "suite.n=3",
+        "suite.pass_k_n=0", "sampler.max_new_tokens=8", "out=out",
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert {"id/acc", "id/sums/acc_high"} <= found["models"][0]["figures"].keys()
+    assert not any(name.startswith("val/") for name in found["models"][0]["figures"])
+    assert (found["models"][0]["figures"]["id/acc"], found["items"]["sums"]["n"]) == (0, 3)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["task.n_train=5"], r"task\.n_train: is of training"),
         (["suite.pre_merge=true"], r"suite\.pre_merge: is of training"),
         (["model.lora.rank=4"], r"model\.lora\.rank: is of training"),
+        (["task.decontaminate=5", "task=gsm8k"], r"task\.decontaminate: is of training"),
+        (["task.train_prompt=alpaca", "task=gsm8k"], r"task\.train_prompt: is of training"),
+        (["task=math500"], r"suite\.pass_k_n: .*splits\.validation names no split of HuggingFaceH4/MATH-500; use"),
+        (["task=math500", "suite.pass_k_n=0", "task.n_validation=4"], r"task\.n_validation: .*; leave it out"),
+        (["task=math500", "suite.pass_k_n=0", "task.splits.test=null"], r"task\.splits\.test: names no split"),
         (["sampler.hints=2"], r"sampler\.hints: is of training"),
         (["others=DIR"], r"others: expected a list .* as \[A,B\]; got 'DIR'"),
         (["suite.near=[{kind: lab, family: chain}]"], "chain stands there more than once"),
@@ -132,14 +156,20 @@ def test_bad_values_are_named(words: list[str], message: str) -> None:
     [
         (["model=hf", "model.path=./nowhere"], r"model\.path: \./nowhere is neither a folder nor"),
         (["others=[./nowhere]"], r"others: \./nowhere is neither a folder nor"),
+        (["others=[{small}]"], r"others\[0\]: task 'chain': its longest prompt has .* context of 20"),
         (["model=hf"], r"model\.path: a value is needed"),
         (["sampler.max_new_tokens=9000"], r"task 'chain': its longest prompt has .* lower the task's shots"),
     ],
 )
-def test_a_mistake_ends_the_command_with_its_message(words: list[str], message: str, tmp_path: Path) -> None:
-    made = _evaluate(tmp_path, "suite.n=4", "out=out", *words)
+def test_a_mistake_ends_the_command_with_its_message(
+    words: list[str], message: str, tmp_path: Path, write_variant: Callable[..., Path]
+) -> None:
+    """Before anything is evaluated."""
+    small = write_variant({"config.json": {"max_position_embeddings": 20}})
+    made = _evaluate(tmp_path, "suite.n=4", "out=out", *(w.format(small=small) for w in words))
     assert (made.returncode, made.stdout) == (2, "")
     assert re.search(f"^error: .*{message}", made.stderr, re.MULTILINE), made.stderr
+    assert not list(tmp_path.rglob("scores.json"))
     assert not (tmp_path / "out/config.yaml").exists()
 
 

@@ -19,12 +19,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from itermerge import export
+from itermerge import cli, export, stages
 from itermerge.config import ConfigError, check
 from itermerge.decoding import complete
 from itermerge.export import ExportError, round_of
 from itermerge.policy import Policy
-from itermerge.stages import LAB_SEED0
+from itermerge.stages import LAB_SEED0, base_digest
+from itermerge.tasks.prompts import render
 
 BOTH = ("export.rounds=[final,best]", "analysis.importance=[]", "suite.pre_merge=false")
 
@@ -104,8 +105,25 @@ def test_the_card_has_the_runs_figures(run: Path) -> None:
                  "| merge | linear (", "| ratio | 0.5 |", "| anchor | base, after each epoch |",
                  "| seed | 0 |", "up to 8 test items a task"):  # fmt: skip
         assert said in card
-    prompt = json.loads((run / "rounds/02/samples.jsonl").read_text().splitlines()[0])["prompt"]
+    prompt = json.loads((run / "rounds/02/examples.jsonl").read_text().splitlines()[0])["prompt"]
     assert f"~~~text\n{prompt}\n~~~" in card
+
+
+def test_the_cards_prompt_is_one_of_training_through_the_chat_template(run: Path, tmp_path: Path) -> None:
+    """Sampled with worked examples, learnt without; messages as the tokenizer's own template writes them."""
+    (tmp_path / "rounds/01").mkdir(parents=True)
+    shutil.copyfile(run / "rounds.jsonl", tmp_path / "rounds.jsonl")
+    words = AutoTokenizer.from_pretrained(LAB_SEED0)
+    words.chat_template = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}<assistant>"
+    cfg = check(compose_config(*SMALL))
+    for learnt, said in {
+        "Q: 2+2?": "Q: 2+2?",
+        render("chat", "2+2?", (), "Sum."): "<system> Sum.\n<user> 2+2?\n<assistant>",
+    }.items():
+        for name, prompt in {"samples": f"shots {learnt}", "examples": learnt}.items():
+            (tmp_path / f"rounds/01/{name}.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
+        text = export.card(cfg, tmp_path, 1, "float32", "greedy", {}, words)
+        assert f"A prompt that it was fine-tuned on:\n\n~~~text\n{said}\n~~~" in text
 
 
 def test_the_recipe_has_config_and_digests(run: Path) -> None:
@@ -114,6 +132,16 @@ def test_the_recipe_has_config_and_digests(run: Path) -> None:
     assert recipe["files"] == {k: v for k, v in digests.items() if k != "recipe.json"}
     assert recipe["config"]["task"]["family"] == "find"
     assert not {"paths", "store", "export"} & recipe["config"].keys()
+
+
+@pytest.mark.parametrize("diff", ["+ secret", "", None])
+def test_the_recipe_says_that_code_was_changed_and_not_how(diff: str | None, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/provenance.json").write_text(json.dumps({"commit": "abc", "diff": diff}))
+    cfg = check(compose_config(*SMALL, *BOTH))
+    export.export(cfg, tmp_path / "run", 2, run / "rounds/02/model", tmp_path / "out", "float32", "greedy")
+    told = json.loads((tmp_path / "out/recipe.json").read_text())["provenance"]
+    assert told == {"commit": "abc", "changed": bool(diff)}
 
 
 def test_the_command_makes_the_same_folder(run: Path, tmp_path: Path) -> None:
@@ -175,7 +203,7 @@ def test_tied_embeddings(tiny_folder: Path, run: Path, tmp_path: Path) -> None:
 
 def test_a_hub_base_is_named_for_the_hub(run: Path) -> None:
     cfg = check(compose_config(*SMALL, "model=hf", "model.path=Qwen/Qwen2.5-0.5B-Instruct", "merge=dare"))
-    text = export.card(cfg, run, 1, "float32", "greedy", {"overrides": ["merge=dare", "seed=1"], "commit": "abc"})
+    text = export.card(cfg, run, 1, "float32", "greedy", {"overrides": ["merge=dare", "seed=1"], "commit": "abc"}, None)
     head = yaml.safe_load(text.split("---")[1])
     assert (head["base_model"], head["base_model_relation"]) == ("Qwen/Qwen2.5-0.5B-Instruct", "finetune")
     assert "density=0.8" in text
@@ -232,6 +260,54 @@ def test_the_base_is_exported_where_it_is_the_best(run: Path, tmp_path: Path) ->
     ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "base", LAB_SEED0))
     assert all(torch.equal(ours[name], theirs[name].float()) for name in theirs)
     assert "The base itself" in (tmp_path / "base/README.md").read_text()
+
+
+def test_another_base_is_not_exported_under_the_runs_figures(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    export.check_base(run, base_digest(LAB_SEED0))
+    with pytest.raises(ExportError, match=r"round 0: the base is not the one that .* started from"):
+        export.check_base(run, base_digest(LAB_SEED0.parent / "seed1"))
+    assert not caplog.records
+
+
+def test_an_unfinished_run_does_not_say_its_base(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    export.check_base(tmp_path, "abc")
+    assert "is not known" in caplog.text
+
+
+def test_a_round_of_a_run_that_failed_later(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is computed again up to that round, and no further."""
+    words = (*BOTH[1:], "rounds=3", "store.keep=last", "merge/policy=schedule", f"store.dir={tmp_path}/store")
+    made, fit = [], stages.Bench.fit
+
+    def fails(self: Any, examples: Any, now: Any) -> Any:
+        made.append(now.number)
+        if now.number == 3:
+            raise RuntimeError("a failure")
+        return fit(self, examples, now)
+
+    monkeypatch.setattr(stages.Bench, "fit", fails)
+    with pytest.raises(RuntimeError, match="a failure"):
+        run_here(tmp_path / "a", *words)
+    assert export.placed(tmp_path / "a", 1) is None
+    made.clear()
+    cfg = cli._config_of(tmp_path / "a")
+    with cli._weights_of(cfg, tmp_path / "a", 1, tmp_path / "near") as folder:
+        assert load_file(folder / "model.safetensors")
+    assert made == [1]
+
+
+def test_a_run_that_goes_on_leaves_other_exports(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "a")
+    for name in ("DONE", "INTERRUPTED"):
+        (tmp_path / "a" / name).unlink(missing_ok=True)
+    for name in ("round_01", "mine", "best.partial-1"):
+        (tmp_path / "a/export" / name).mkdir()
+        (tmp_path / "a/export" / name / "kept").write_text("")
+    (tmp_path / "a/export/final/README.md").write_text("of an earlier try")
+    run_here(tmp_path / "a", *BOTH)
+    assert sorted(p.name for p in (tmp_path / "a/export").iterdir()) == ["best", "final", "mine", "round_01"]
+    assert (tmp_path / "a/export/round_01/kept").exists()
+    assert _digests(tmp_path / "a/export/final") == _digests(run / "export/final")
 
 
 def test_a_failure_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

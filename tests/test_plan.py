@@ -235,6 +235,34 @@ def test_a_round_without_solutions_that_the_store_knows_of(tmp_path: Path) -> No
         planned(*hard, store=tmp_path / "store")
 
 
+def test_tasks_of_lm_eval(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their evaluation is a stage as every other one; what it costs is not known, and the plan says so."""
+    pytest.importorskip("lm_eval")
+    import datasets
+    from harness_tasks import write
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data, bare = tmp_path / "tasks", tmp_path / "bare"
+    data.mkdir()
+    write(data, [(f"{i}+{i}", str(2 * i)) for i in range(12)])
+    task = f"{{kind: lm_eval, task: local_choice, metric: acc, include_path: {data}}}"
+    words = (f"suite.near=[{task}]", "rounds=1", "analysis.importance=[]")
+    before = planned(*words, store=tmp_path / "store")
+    assert sum(item.stage == "evaluate" for item in before.items) == 3
+    assert any("not counted: what lm_eval asks for" in s and "8 items an evaluation" in s for s in before.about)
+    run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}", *words)
+    assert all(item.stored for item in planned(*words, store=tmp_path / "store").items)
+    bare.mkdir()
+    (bare / "config.json").write_bytes((tiny_folder / "config.json").read_bytes())
+    rough = planned(*words, "model=hf", f"model.path={bare}", store=tmp_path / "store")
+    assert any("a token counts 4 characters" in text for text in rough.about)
+    other = task.replace("choice", "sums").replace("metric: acc", "metric: 'exact_match,whole'")
+    (data / "sums.jsonl").unlink()
+    away = planned(f"suite.near=[{other}]", *words[1:], store=tmp_path / "store")
+    assert any("items of local_sums are not here, 8 are taken to be" in text for text in away.about)
+    assert not any(item.stored for item in away.items if item.stage == "evaluate")
+
+
 # --- what it does not need --------------------------------------------------------------------------------------------
 
 

@@ -166,7 +166,6 @@ def _evaluate(composed: DictConfig) -> None:
         from . import evaluate, tracking
 
         evaluate.show(evaluate.evaluate(cfg, folder))
-        (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
         tracking.console.print(f"folder {_short(folder)}", soft_wrap=True)
 
 
@@ -209,15 +208,17 @@ def _config_of(run: Path) -> Root:
 
 @contextmanager
 def _weights_of(cfg: Root, run: Path, number: int, near: Path) -> Iterator[Path]:
-    """The folder of a round's weights. Where they were not kept, the run is gone through again in a folder in `near`:
-    its stages are found in its store, and what is missing there is computed."""
+    """The folder of a round's weights. Where they were not kept, the run is gone through again up to that round in a
+    folder in `near`: its stages are found in its store, and what is missing there is computed."""
     from . import export, loop, stages, tracking
 
     if (model := export.placed(run, number)) is not None:
         yield model
         return
     if not number:
-        yield stages.folder_of(cfg.model, cfg.paths)
+        base = stages.folder_of(cfg.model, cfg.paths)
+        export.check_base(run, stages.base_digest(base, getattr(cfg.model, "trust_remote_code", False)))
+        yield base
         return
     found = f"what {cfg.store.dir} has of it is found" if isinstance(cfg.store, StoreLocal) else "all of it, store=none"
     log.warning("the weights of round %d were not kept: the run is computed again up to them (%s)", number, found)
@@ -226,7 +227,7 @@ def _weights_of(cfg: Root, run: Path, number: int, near: Path) -> Iterator[Path]
     with tempfile.TemporaryDirectory(prefix="again-", dir=near) as scratch:
         again = Path(scratch)
         claim(again, cfg)
-        loop.run(cfg, again, tracking.NullTracker())
+        loop.run(cfg, again, tracking.NullTracker(), until=number)
         export.check_same(run, again, number)
         yield again / "export" / export.name_of(number)
 

@@ -606,6 +606,7 @@ def _with_suite(made: type, groups: Iterable[str], raw: dict[str, Any]) -> Any:
 
 
 # Keys that say how a run practises; an evaluation has none of that.
+SPLITS = ("train", "validation", "test")
 _OF_RUNS = (
     "model.lora",
     "task.n_train",
@@ -613,6 +614,8 @@ _OF_RUNS = (
     "task.max_solutions",
     "task.labels",
     "task.train_shots",
+    "task.train_prompt",
+    "task.decontaminate",
     "sampler.hints",
     "suite.pre_merge",
 )
@@ -630,6 +633,8 @@ def check_evaluate(composed: DictConfig, typed: Sequence[str] = ()) -> Evaluate:
     if not isinstance(others, list) or not all(isinstance(path, str) for path in others):
         raise ConfigError(f"others: expected a list of folders or hub names, as [A,B]; got {others!r}")
     made: Evaluate = _with_suite(Evaluate, ("model", "task", "sampler"), raw)
+    if is_test_only(made.task) and any(word.startswith("task.n_validation=") for word in typed):
+        raise ConfigError(f"task.n_validation: task.splits.validation names no split of {made.task.path}; leave it out")
     _check_tasks(made)
     return made
 
@@ -863,7 +868,13 @@ def _check_tasks(root: Root | Evaluate) -> None:
         raise ConfigError(
             "suite.n_validation: is of OOD tasks, and there are none that have such items (those of lm_eval do not)"
         )
-    if root.suite.pass_k_n > root.task.n_validation:
+    alone = isinstance(root, Evaluate) and is_test_only(root.task)
+    if alone and root.suite.pass_k_n:
+        raise ConfigError(
+            "suite.pass_k_n: is of validation problems, and task.splits.validation names no split of "
+            f"{root.task.path}; use suite.pass_k_n=0, or give one"
+        )
+    if not alone and root.suite.pass_k_n > root.task.n_validation:
         raise ConfigError(
             f"suite.pass_k_n: {root.suite.pass_k_n} problems, task.n_validation has only {root.task.n_validation}"
         )
@@ -877,7 +888,8 @@ def _check_tasks(root: Root | Evaluate) -> None:
         if isinstance(task, TaskLab) and task.family not in FAMILIES:
             raise ConfigError(f"{key}.family: {task.family!r} is none of {', '.join(FAMILIES)}")
         if isinstance(task, TaskHub):
-            _check_hub(key, task)
+            parts = ("test",) if key != "task" else SPLITS if isinstance(root, Root) else SPLITS[1:]
+            _check_hub(key, task, [part for part in parts if not (alone and part == "validation")])
     labels = [label(t) for t in (root.task, *root.suite.near, *root.suite.far)]
     if twice := sorted({name for name in labels if labels.count(name) > 1}):
         raise ConfigError(f"task, suite.near, suite.far: {', '.join(twice)} stands there more than once")
@@ -906,10 +918,15 @@ def _check_sft(root: Root) -> None:
         raise ConfigError("label: must be one line")
 
 
-def _check_hub(key: str, task: TaskHub) -> None:
-    parts = dataclasses.asdict(task.splits)
-    for part in parts if key == "task" else ("test",):
-        if parts[part] is None:
+def is_test_only(task: Any) -> bool:
+    """Whether a task has no validation items."""
+    return isinstance(task, TaskHub) and task.splits.validation is None
+
+
+def _check_hub(key: str, task: TaskHub, parts: Sequence[str]) -> None:
+    """`parts` are those of task.splits that are needed."""
+    for part in parts:
+        if getattr(task.splits, part) is None:
             raise ConfigError(
                 f"{key}.splits.{part}: names no split of {task.path}; give one that is there: parts with the same "
                 "split share it, cut by a hash of the question"

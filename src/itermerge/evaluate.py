@@ -2,47 +2,63 @@
 
 What `itermerge-evaluate model=hf model.path=DIR` does. Items, decoding and figures are those of a run with the same
 task, suite and sampler, so a model that a run exported gets that run's own scores. Writes into a folder of its own:
-scores.json and held_out.jsonl of `model` (of others in other_1/, other_2/, ...), and evaluation.json with all figures.
+scores.json and held_out.jsonl of `model` (of others in other_1/, other_2/, ...), config.yaml, and evaluation.json with
+all figures.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.table import Table
 
 from . import evaluation, stages
-from .config import Evaluate, ModelLab
+from .config import Evaluate, ModelLab, to_dict
 from .policy import Policy, check_folder
+from .tasks import TaskError
 from .tracking import console, progress
-from .weights import resolve
+from .weights import PolicyError, resolve
 
 
 def evaluate(cfg: Evaluate, folder: Path) -> dict[str, Any]:
     """Writes the folder; what evaluation.json holds: `models`, each with its figures and reasons by task, and
-    `compared`, each of the others' differences to `model`, paired by item. Raises TaskError or PolicyError, before any
-    model loads where that can be told."""
+    `compared`, each of the others' differences to `model`, paired by item. Raises TaskError or PolicyError, of any
+    model before the first is evaluated."""
     device, trust = stages.device_of(cfg.accelerator), getattr(cfg.model, "trust_remote_code", False)
     given = f"lab, seed {cfg.model.seed}" if isinstance(cfg.model, ModelLab) else cfg.model.path
     models = {"": (given, stages.folder_of(cfg.model, cfg.paths))}
     models |= {f"other_{i}": (path, resolve(path, key="others")) for i, path in enumerate(cfg.others, 1)}
-    for _, at in models.values():
-        check_folder(at)
+    for place, (_, at) in models.items():
+        with _named(place):
+            check_folder(at)
     exams = stages.Exams(cfg.task, cfg.suite)
+
+    def load(place: str) -> Policy:
+        with _named(place):
+            policy = Policy(models[place][1], trust_remote_code=trust, device=device)
+            exams.check_lengths(policy, cfg.sampler.max_new_tokens)
+        return policy
+
+    policy: Policy | None = None
+    for place in reversed(models):  # the faults of all are told before the first one is asked, which is loaded last
+        policy = None
+        policy = load(place)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
     found: list[dict[str, Any]] = []
     scores: list[dict[str, Any]] = []
-    for place, (name, at) in models.items():
-        policy = Policy(at, trust_remote_code=trust, device=device)
-        exams.check_lengths(policy, cfg.sampler.max_new_tokens)
+    for place, (name, _) in models.items():
+        policy = policy or load(place)
         (folder / place).mkdir(parents=True, exist_ok=True)
         of, figures = _one(cfg, policy, exams, name, folder / place)
         scores.append(of)
         found.append({"model": name, "figures": figures, "reasons": {task: s["reasons"] for task, s in of.items()}})
-        del policy
+        policy = None
     compared = [
         {"model": model["model"], "to": given, "figures": differences(scores[0], of, exams)}
         for model, of in zip(found[1:], scores[1:], strict=True)
@@ -52,6 +68,18 @@ def evaluate(cfg: Evaluate, folder: Path) -> dict[str, Any]:
     out = {"models": found, "compared": compared, "tasks": roles, "items": items}
     (folder / "evaluation.json").write_text(json.dumps(out, indent=1) + "\n")
     return out
+
+
+@contextmanager
+def _named(place: str) -> Iterator[None]:
+    """Errors of another model name `others`, and which."""
+    try:
+        yield
+    except (PolicyError, TaskError) as error:
+        if not place:
+            raise
+        said = f"others[{int(place.removeprefix('other_')) - 1}]: {str(error).removeprefix('model.path: ')}"
+        raise type(error)(said) from error
 
 
 def _one(

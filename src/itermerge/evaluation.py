@@ -163,8 +163,8 @@ def ratio_interval(above: Sequence[float], below: Sequence[float], resamples: in
 
 
 def metrics(scores: Mapping[str, Any], id_task: str, near: Sequence[str], far: Sequence[str]) -> dict[str, float]:
-    """Flat figures: id/acc, id/<task>/acc, ood/<task>/acc, ood/acc, ood/near/acc, ood/far/acc and val/id/acc, and
-    val/ood/* where the OOD tasks have validation items, each with _low and _high (95%)."""
+    """Flat figures: id/acc, id/<task>/acc, ood/<task>/acc, ood/acc, ood/near/acc and ood/far/acc, and val/id/acc
+    and val/ood/* where these tasks have validation items, each with _low and _high (95%)."""
     out: dict[str, float] = {}
 
     def put(name: str, value: float, low: float, high: float) -> None:
@@ -176,7 +176,8 @@ def metrics(scores: Mapping[str, Any], id_task: str, near: Sequence[str], far: S
 
     put_task("id/acc", id_task)
     put_task(f"id/{id_task}/acc", id_task)
-    put_task("val/id/acc", f"val/{id_task}")
+    if f"val/{id_task}" in scores:
+        put_task("val/id/acc", f"val/{id_task}")
     for name, labels in {"ood": [*near, *far], "ood/near": near, "ood/far": far}.items():
         if labels:
             put(f"{name}/acc", *mean_interval([scores[label]["correct"] for label in labels]))

@@ -8,6 +8,7 @@ recipe.json with its config, provenance and digests. The folder appears whole, b
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -22,10 +23,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from . import recipes
 from .config import ModelLab, Root, TeacherFile, TeacherHF, TeacherLab, label, to_dict
-from .policy import eos_ids_of
+from .policy import chat_text, eos_ids_of
 from .store import file_digest, is_disk_full
+from .tasks.prompts import messages_of
 from .weights import WEIGHTS_FILE, Checkpoint, digest_weights, write_folder
 
+log = logging.getLogger(__name__)
 PROMPT_SHOWN = 2000  # characters of a prompt in the card
 # What of a config says how a run went, and nothing of its model.
 _HOW = ("sweep", "store", "logger", "paths", "export")
@@ -72,6 +75,20 @@ def check_same(run: Path, again: Path, number: int) -> None:
         )
 
 
+def check_base(run: Path, digest: str) -> None:
+    """Raises ExportError where the base is not the one that the run started from, whose figures the card has. An
+    unfinished run has not said which that was: a warning then."""
+    summary = json.loads((run / "summary.json").read_text()) if (run / "summary.json").is_file() else {}
+    if "base_digest" not in summary:
+        log.warning("whether the base is still the one of %s is not known: its summary.json does not say", run)
+    elif summary["base_digest"] != digest:
+        raise ExportError(
+            f"round 0: the base is not the one that {run} started from: weights, config or tokenizer are others "
+            f"(digest {digest[:12]}, in summary.json {summary['base_digest'][:12]}); put the old ones back, or give "
+            "model.revision in a new run"
+        )
+
+
 def export(
     cfg: Root, run: Path, number: int, model: Path, out: Path, dtype: str, decoding: str, like: Path | None = None
 ) -> None:
@@ -94,7 +111,9 @@ def export(
         provenance = {}
         with suppress(FileNotFoundError):
             provenance = json.loads((run / "provenance.json").read_text())
-        (folder / recipes.CARD).write_text(card(cfg, run, number, dtype, decoding, provenance))
+            provenance["changed"] = bool(provenance.pop("diff", None))  # the difference itself stays with the run
+        words = AutoTokenizer.from_pretrained(like, trust_remote_code=trust)
+        (folder / recipes.CARD).write_text(card(cfg, run, number, dtype, decoding, provenance, words))
         config = {key: value for key, value in to_dict(cfg).items() if key not in _HOW}
         files = {f.name: file_digest(f) for f in sorted(folder.iterdir())}
         recipe = {
@@ -167,7 +186,9 @@ def generation_config(cfg: Root, model: Path, decoding: str, trust: bool) -> Gen
 # --- the card -----------------------------------------------------------------------------------------------------
 
 
-def card(cfg: Root, run: Path, number: int, dtype: str, decoding: str, provenance: Mapping[str, Any]) -> str:
+def card(
+    cfg: Root, run: Path, number: int, dtype: str, decoding: str, provenance: Mapping[str, Any], tokenizer: Any
+) -> str:
     """README.md, with the head that the Hugging Face hub reads."""
     rounds = read_rounds(run)
     base = f"the lab's base, seed {cfg.model.seed}" if isinstance(cfg.model, ModelLab) else cfg.model.path
@@ -187,7 +208,7 @@ def card(cfg: Root, run: Path, number: int, dtype: str, decoding: str, provenanc
     columns = ["base"] + ([f"round {number}"] if number else [])
     lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     lines += [f"| {said} | {' | '.join(cells)} |" for said, cells in _figures(cfg, rounds, number)]
-    lines += ["", *_prompt(run, number), recipes.command("itermerge", provenance.get("overrides", [])), ""]
+    lines += ["", *_prompt(run, number, tokenizer), recipes.command("itermerge", provenance.get("overrides", [])), ""]
     lines += [f"Config, provenance and digests: `{recipes.RECIPE}`. The base's licence holds.", ""]
     return "\n".join(lines)
 
@@ -249,16 +270,20 @@ def _percent(metrics: Mapping[str, float], name: str) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def _prompt(run: Path, number: int) -> list[str]:
-    """A prompt of the run, as the model is used to."""
+def _prompt(run: Path, number: int, tokenizer: Any) -> list[str]:
+    """A prompt that the model learnt from, as it reads it: of the round's examples, or of an earlier round's."""
     for t in range(number, 0, -1):
-        file = run / "rounds" / f"{t:02d}" / "samples.jsonl"
+        file = run / "rounds" / f"{t:02d}" / "examples.jsonl"
         if not file.is_file():
             continue
         with file.open() as opened:
             prompt = str(json.loads(opened.readline() or "{}").get("prompt", ""))
-        if not prompt or "~~~" in prompt:
+        if not prompt:  # a round without solutions
+            continue
+        if (messages := messages_of(prompt)) is not None:
+            prompt = chat_text(tokenizer, messages)
+        if "~~~" in prompt:
             break
         cut = f" (the last {PROMPT_SHOWN} characters)" if len(prompt) > PROMPT_SHOWN else ""
-        return [f"A prompt{cut}:", "", "~~~text", prompt[-PROMPT_SHOWN:], "~~~", ""]
+        return [f"A prompt that it was fine-tuned on{cut}:", "", "~~~text", prompt[-PROMPT_SHOWN:], "~~~", ""]
     return []

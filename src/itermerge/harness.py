@@ -29,7 +29,7 @@ import torch
 
 from .evaluation import count_reasons, majority
 from .policy import Policy
-from .tasks import TaskError, derive_seed
+from .tasks import NoData, TaskError, derive_seed
 
 SEED = 1234  # of few-shot examples and of whatever a task draws: lm_eval's own default
 NEW_TOKENS = 256  # of a generation whose task sets no limit: lm_eval's own default
@@ -88,7 +88,7 @@ class HarnessExam:
         try:
             return manager.load([self.name])
         except Exception as error:  # of its YAML, of `datasets`, of the hub
-            raise TaskError(
+            raise NoData(
                 f"suite, lm_eval task {self.name!r}: could not be loaded ({type(error).__name__}: {error}). Its data "
                 "come from the Hugging Face hub unless its YAML names local files: check the network, or HF_HUB_OFFLINE"
             ) from error
@@ -139,7 +139,10 @@ class HarnessExam:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def check_lengths(self, policy: Policy) -> None:
-        """Raises TaskError when an item does not fit into the model's context: the harness would cut its beginning."""
+        """Raises TaskError when an item does not fit into the model's context: the harness would cut its beginning. Not
+        known without a tokenizer, as a plan may be."""
+        if policy.tokenizer is None:
+            return
         from lm_eval.models.utils import normalize_gen_kwargs
 
         for request in self.requests:

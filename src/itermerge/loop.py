@@ -42,8 +42,11 @@ class Parts(NamedTuple):
     record: Callable[..., RunRecord]
 
 
-def run(cfg: Root, folder: Path, tracker: tracking.Tracker, parts: Parts | None = None) -> dict[str, Any]:
-    """Runs the loop and writes the run folder; the summary. `parts` are others than the usual ones: a plan's."""
+def run(
+    cfg: Root, folder: Path, tracker: tracking.Tracker, parts: Parts | None = None, until: int | None = None
+) -> dict[str, Any]:
+    """Runs the loop and writes the run folder; the summary. `parts` are others than the usual ones: a plan's. `until`
+    is a round to stop after: what rounds depend on, as schedules, goes by `cfg.rounds` as before."""
     parts = parts or Parts(Store, Bench, RunRecord)
     private = folder / "stages"  # store=none: stages live in the run folder until the run is done
     root = Path(cfg.store.dir).expanduser() if isinstance(cfg.store, StoreLocal) else private
@@ -57,9 +60,10 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker, parts: Parts | None 
         past: list[tuple[Model, Model]] = []  # (tuned, start) of each round that was fitted
         record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base))
         look_at_base(record.rounds[0])
-        last = cfg.rounds if not cfg.export.rounds else None  # the end, where weights may go
+        until = cfg.rounds if until is None else until
+        last = until if not cfg.export.rounds else None  # the end, where weights may go
 
-        for t in range(1, cfg.rounds + 1):
+        for t in range(1, until + 1):
             anchor = Anchor(bench, getattr(cfg.merge, "anchor", "base"), history)
             samples = bench.solve(history[-1], t)
             record.look_at_verdicts(samples, t)
@@ -105,8 +109,11 @@ def run(cfg: Root, folder: Path, tracker: tracking.Tracker, parts: Parts | None 
 
 
 def export_rounds(cfg: Root, folder: Path, bench: Bench, history: list[Model]) -> None:
-    """The Hugging Face folders of export.rounds; a round that is asked for under two names is written once."""
-    shutil.rmtree(folder / "export", ignore_errors=True)  # of this run, when it did not come to its end
+    """The Hugging Face folders of export.rounds; a round that is asked for under two names is written once. Folders of
+    other names, as of itermerge-export, stay."""
+    for name in map(export.name_of, cfg.export.rounds):  # of this run, when it did not come to its end
+        for left in (folder / "export" / name, *(folder / "export").glob(f"{name}.partial-*")):
+            shutil.rmtree(left, ignore_errors=True)
     made: dict[int, Path] = {}
     for wanted in cfg.export.rounds:
         number, out = export.round_of(folder, wanted), folder / "export" / export.name_of(wanted)
@@ -329,7 +336,7 @@ class RunRecord:
             "computed_in": {
                 "device": bench.device, "sampler_dtype": bench.dtype, "trainer_precision": bench.precision
             },
-            "decontaminated": bench.decontaminated,
+            "base_digest": bench.base.digest, "decontaminated": bench.decontaminated,
             "weights_kept": bench.keep, "rounds": len(self.rounds) - 1,
             "final": self.rounds[-1], "base": self.rounds[0],
             "best_round_by_validation": best, "analysis_failed": self.failed,

@@ -37,8 +37,9 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import loop, pretrain, stages
-from .config import ModelLab, ProgramPretrainLab, Root, StoreNone, TeacherHF, TeacherLab, label
+from .config import ModelLab, ProgramPretrainLab, Root, StoreNone, Suite, TaskHarness, TeacherHF, TeacherLab, label
 from .evaluation import Exam
+from .harness import HarnessExam
 from .policy import SHARED_FROM, Policy, eos_ids_of
 from .sft import FitSpec
 from .stages import Bench, Merged, Model, Round, lab_folder
@@ -198,6 +199,13 @@ class Unseen:
         return Verdict("correct", problem.answer)
 
 
+class UnseenExam(HarnessExam):
+    """In place of a task of lm_eval whose data are not here."""
+
+    def __init__(self, name: str, n: int) -> None:
+        self.label, self.items, self.requests, self.digest = name, list(range(n)), [], PLANNED
+
+
 class Ledger(Store):
     """A store that computes and writes nothing: of a stage that is not there, it notes what it would cost.
 
@@ -257,8 +265,10 @@ class Sketch(Bench):
         self.based = False  # whether the base's predictions are made
         super().__init__(cfg, store, scratch)
         if self.of.harness:
+            asked = sum(len(e.items) for e in self.of.harness)
             self._say(
-                f"not counted: the tokens of {', '.join(e.label for e in self.of.harness)}, which lm_eval asks for"
+                f"not counted: what lm_eval asks for, its tokens, FLOPs and memory, {asked} items an evaluation: "
+                f"{', '.join(e.label for e in self.of.harness)}"
             )
         store.note = lambda name: (self.number, self.cost(name))
 
@@ -268,6 +278,16 @@ class Sketch(Bench):
         key = f"task {json.dumps(dataclasses.asdict(spec), sort_keys=True, default=str)}"
         if key not in self.shared:
             self.shared[key] = _Remembering(stages.build_task(spec), label(spec), self._say)
+        return self.shared[key]
+
+    def _build_harness(self, spec: TaskHarness, suite: Suite) -> HarnessExam:
+        key = f"harness {json.dumps([dataclasses.asdict(spec), suite.n, suite.seed], sort_keys=True)}"
+        if key not in self.shared:
+            try:
+                self.shared[key] = stages.harness_exam(spec, suite)
+            except NoData as error:
+                self._say(f"items of {label(spec)} are not here, {suite.n} are taken to be: {_short(error)}")
+                self.shared[key] = UnseenExam(label(spec), suite.n)
         return self.shared[key]
 
     def _open(self) -> tuple[Policy, Model, Weights]:
@@ -302,13 +322,17 @@ class Sketch(Bench):
             path, revision = _snapshot(teacher.path, teacher.revision), teacher.revision
         else:
             return None
-        outline = Outline(path, revision, key="teacher.path")
+        trust = isinstance(teacher, TeacherHF) and teacher.trust_remote_code
+        outline = self.teaching = Outline(path, revision, trust, key="teacher.path")
         self.teaches, files = outline.shape, list(outline.folder.glob("*.safetensors"))
         if not files or sum(f.stat().st_size for f in files) > LOOK_UP_TO:
             self.store.blind = True
             self._say("what the store has is not known: it goes by the teacher's weights, which are not here, or large")
             return Model(outline.folder, f"{PLANNED}{path}")
         return super()._find_teacher()
+
+    def _teacher_reader(self, teacher: Model) -> Policy:
+        return self.teaching
 
     def _digest_of(self, policy: Outline) -> str | None:
         """Of a base whose files are here and are read in a moment; else None."""

@@ -65,10 +65,8 @@ class Policy:
                 f"model.path: the tokenizer in {self.folder} has no chat template, which task.prompt=chat needs; "
                 "use task.prompt=qa or alpaca, or a model that was tuned to chat"
             )
-        try:  # some templates write the date: a fixed one, or the same run would differ tomorrow
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, date_string=DATE, strftime_now=lambda _: DATE
-            )
+        try:
+            return chat_text(self.tokenizer, messages)
         except Exception as error:  # the template's own, as for a system message that it does not know
             raise PolicyError(f"the chat template of {self.folder} refuses the prompt: {error}") from error
 
@@ -80,6 +78,14 @@ class Policy:
     def context(self) -> int:
         """Positions that the model has."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Messages as the tokenizer's chat template writes them, ready for an answer. Some templates write the date: a
+    fixed one, or the same run would differ tomorrow."""
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, date_string=DATE, strftime_now=lambda _: DATE
+    )
 
 
 def keeps_every_key(model: Any) -> bool:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from . import evaluation, merging
 from .analysis import change, diversity
@@ -46,12 +47,13 @@ from .config import (
     TeacherFile,
     TeacherHF,
     TeacherLab,
+    is_test_only,
     is_vanilla,
     label,
 )
 from .evaluation import Exam
 from .harness import HarnessExam, harness_scores
-from .policy import Policy, check_folder
+from .policy import Policy, check_folder, eos_ids_of
 from .rules import method_of, source_of
 from .sft import Example, FitSpec, LoraSpec, SftError, fit, short_enough
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
@@ -59,7 +61,17 @@ from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_
 from .tasks.contamination import Evaluated
 from .tracking import progress
 from .upkeep import keep_of
-from .weights import WEIGHTS_FILE, Checkpoint, Weights, digest_weights, place_of, read_weights, resolve, write_folder
+from .weights import (
+    WEIGHTS_FILE,
+    Checkpoint,
+    PolicyError,
+    Weights,
+    digest_weights,
+    place_of,
+    read_weights,
+    resolve,
+    write_folder,
+)
 
 T = TypeVar("T")
 Ratio = float | Mapping[str, float]
@@ -197,6 +209,19 @@ def sampling_dtype(asked: str, device: str) -> str:
     return asked if asked != "auto" else "bfloat16" if fast_at_bfloat16(device) else "float32"
 
 
+def harness_exam(spec: TaskHarness, suite: Suite) -> HarnessExam:
+    """The items of a task of lm_eval. Raises TaskError, and NoData where its data are not here."""
+    return HarnessExam(
+        label(spec),
+        spec.task,
+        spec.metric,
+        n=suite.n,
+        seed=suite.seed,
+        num_fewshot=spec.num_fewshot,
+        include_path=spec.include_path,
+    )
+
+
 class Exams:
     """The items that a task and a suite are evaluated on, and a model's scores on them. Raises TaskError where a task
     or its items cannot be used.
@@ -205,17 +230,15 @@ class Exams:
     are OOD tasks of lm-evaluation-harness, which have test items alone.
     """
 
-    def __init__(self, spec: Any, suite: Suite, build: Callable[[Any], Task] = build_task) -> None:
+    def __init__(
+        self, spec: Any, suite: Suite, build: Callable[[Any], Task] = build_task,
+        harness: Callable[[TaskHarness, Suite], HarnessExam] = harness_exam,
+    ) -> None:  # fmt: skip
         away = (*suite.near, *suite.far)
         self.task, self.max_new_tokens = build(spec), suite.max_new_tokens
         self.near, self.far = [label(s) for s in suite.near], [label(s) for s in suite.far]
         self.ours = [s for s in away if not isinstance(s, TaskHarness)]
-        self.harness = [
-            HarnessExam(
-                label(s), s.task, s.metric, n=suite.n, seed=suite.seed, num_fewshot=s.num_fewshot,
-                include_path=s.include_path,
-            ) for s in away if isinstance(s, TaskHarness)
-        ]  # fmt: skip
+        self.harness = [harness(s, suite) for s in away if isinstance(s, TaskHarness)]
         if self.harness:
             log.warning(
                 "OOD accuracy alone is measured on %s: lm_eval's tasks have no validation items and no solutions to "
@@ -228,11 +251,11 @@ class Exams:
             Exam(f"val/{e.label}", e.task, e.task.problems("validation", *of)) for e in self.test if suite.n_validation
         ]
         self.own = self.task.problems("test", suite.n, suite.seed)
-        self.validation = self.task.problems("validation", spec.n_validation, suite.seed, VALIDATION_SEED)
-        self.all = [
-            Exam(self.task.name, self.task, self.own), *self.test,
-            Exam(f"val/{self.task.name}", self.task, self.validation), *self.choosing,
-        ]  # fmt: skip
+        self.validation: list[Problem] = []
+        if not is_test_only(spec):  # a test-only task can be evaluated on, and nothing else
+            self.validation = self.task.problems("validation", spec.n_validation, suite.seed, VALIDATION_SEED)
+        own = [Exam(f"val/{self.task.name}", self.task, self.validation)] if self.validation else []
+        self.all = [Exam(self.task.name, self.task, self.own), *self.test, *own, *self.choosing]
         for exam in self.all:
             check_gold(exam.task, exam.problems)
         check_disjoint(self.task.name, {"validation": self.validation, "test": self.own})
@@ -242,19 +265,12 @@ class Exams:
         """Items in all."""
         return sum(len(e.problems) for e in self.all) + sum(len(e.items) for e in self.harness)
 
-    def check_lengths(self, policy: Policy, new: int, train: Sequence[Exam] = ()) -> None:
+    def check_lengths(self, policy: Policy, new: int) -> None:
         """Raises TaskError, naming the task, when its prompts leave no room for an answer, and for a sample of `new`
         tokens."""
         new = max(new, self.max_new_tokens or 0)
-        for exam in (*self.all, *train):
-            prompts = {p.prompt if exam in train else p.asked for p in exam.problems}
-            longest = max(len(policy.encode_prompt(text)) for text in prompts)
-            if longest + new > policy.context:
-                raise TaskError(
-                    f"task {exam.label!r}: its longest prompt has {longest} tokens and sampler.max_new_tokens (or "
-                    f"suite.max_new_tokens) is {new}, together more than the model's context of {policy.context}; "
-                    "lower the task's shots, or these"
-                )
+        for exam in self.all:
+            check_room(policy, exam.label, (p.asked for p in exam.problems), new)
         for exam in self.harness:
             exam.check_lengths(policy)
 
@@ -272,6 +288,32 @@ class Exams:
         return evaluation.metrics(scores, self.task.name, self.near, self.far)
 
 
+def check_room(policy: Policy, name: str, prompts: Iterable[str], new: int, of: str = "prompt") -> None:
+    """Raises TaskError, naming the task, when its longest prompt and `new` tokens are more than the model's context."""
+    longest = max((len(policy.encode_prompt(text)) for text in set(prompts)), default=0)
+    if longest + new > policy.context:
+        raise TaskError(
+            f"task {name!r}: its longest {of} has {longest} tokens and sampler.max_new_tokens (or "
+            f"suite.max_new_tokens) is {new}, together more than the model's context of {policy.context}; "
+            "lower the task's shots, or these"
+        )
+
+
+class Reader(Policy):
+    """A model's tokenizer, chat template and context, on the meta device: no weights are read."""
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        self.folder = folder
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **how), **how)
+        if (folder / "generation_config.json").is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(folder)
+        self.eos_ids = eos_ids_of(folder, self.tokenizer, self.model.generation_config)
+        self.pad_id = self.eos_ids[0]
+
+
 class Bench:
     """One run's tasks, problems, base and policy, and the stages over them."""
 
@@ -284,7 +326,7 @@ class Bench:
         self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
         if self.precision == "auto":
             self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
-        of = self.of = Exams(cfg.task, cfg.suite, self._build)
+        of = self.of = Exams(cfg.task, cfg.suite, self._build, self._build_harness)
         self.task, self.exams, self.validation, self.near, self.far = of.task, of.all, of.validation, of.near, of.far
         kinds = sorted({s.kind for s in (cfg.task, *of.ours)})
         self.sampling = (*SAMPLING, *(file for kind in kinds for file in TASK_FILES[kind]))
@@ -306,7 +348,7 @@ class Bench:
         self.teacher = self._find_teacher()
         self._check_ratios()
         self._base_logs: list[list[torch.Tensor]] | None = None
-        self._check_lengths(first)
+        self._check_lengths()
 
     def _read_files(self) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
         """The examples of sft.replay, and the solutions of teacher=file by problem id and by question."""
@@ -349,6 +391,9 @@ class Bench:
     def _build(self, spec: Any) -> Task:
         return build_task(spec)
 
+    def _build_harness(self, spec: TaskHarness, suite: Suite) -> HarnessExam:
+        return harness_exam(spec, suite)
+
     def _open(self) -> tuple[Policy, Model, Weights]:
         """The base model as a policy on the device, what the stages call it, and its weights on the CPU."""
         model = self.cfg.model
@@ -372,20 +417,57 @@ class Bench:
         modules = [(m["match"], m["factor"]) for m in policy.modules]
         return merging.tensor_ratios(self.base_weights, ratio, layers=policy.layers, modules=modules, rows=rows)
 
-    def _check_lengths(self, first: Sequence[Problem]) -> None:
-        """Raises TaskError, naming the task, when its prompts leave no room for an answer."""
-        sft, context = self.cfg.sft, self.policy.context
-        self.of.check_lengths(
-            self.policy, self.cfg.sampler.max_new_tokens, [Exam(f"train/{self.task.name}", self.task, first)]
-        )
-        lengths = [len(self.policy.encode_prompt(p.train_prompt)) for p in first]
-        which, kind = (max(lengths), "longest") if sft.too_long == "stop" else (min(lengths), "shortest")
-        if which >= min(sft.max_length, context):
-            raise TaskError(
-                f"task {self.task.name!r}: its {kind} training prompt has {which} tokens, "
-                f"sft.max_length is {sft.max_length} and the model's context {context}; lower "
-                "task.train_shots, raise sft.max_length, or leave such problems' solutions out with sft.too_long=drop"
-            )
+    def _teacher_reader(self, teacher: Model) -> Policy:
+        """What reads the prompts in the teacher's place, before it is loaded. Raises PolicyError."""
+        trust = isinstance(self.cfg.teacher, TeacherHF) and self.cfg.teacher.trust_remote_code
+        return Reader(teacher.folder, trust_remote_code=trust)
+
+    def _check_lengths(self) -> None:
+        """Raises TaskError, naming the task, when prompts of any round leave no room for an answer, PolicyError when
+        the teacher cannot read them; warns when a solution may be too long to learn from."""
+        cfg, name, new = self.cfg, self.task.name, self.cfg.sampler.max_new_tokens
+        self.of.check_lengths(self.policy, new)
+        if cfg.analysis.importance and cfg.analysis.ood:
+            for exam in self.of.test:
+                check_room(self.policy, exam.label, (p.prompt for p in exam.problems[: cfg.analysis.examples]), new)
+        rounds = [self.train_problems(t) for t in range(1, 2 if cfg.task.problems == "fixed" else cfg.rounds + 1)]
+        for problems in rounds if cfg.analysis.train_n else ():
+            asked = (p.asked for p in problems[: cfg.analysis.train_n])
+            check_room(self.policy, f"train/{name}", asked, self._answer()["max_new_tokens"])
+        if not isinstance(cfg.teacher, TeacherFile):
+            try:
+                reader = self._teacher_reader(self.teacher) if self.teacher else self.policy
+                for problems in rounds:
+                    check_room(reader, f"train/{name}", (p.prompt for p in problems), new)
+                    if cfg.sampler.hints:
+                        hints = (p.hint_prompt for p in problems)
+                        check_room(reader, f"train/{name}", hints, new, "prompt with a hint (sampler.hints)")
+            except (TaskError, PolicyError) as error:
+                if not self.teacher:
+                    raise
+                said = str(error).replace("model.path: ", "")
+                raise type(error)(f"teacher={cfg.teacher.kind}: {said}") from error
+        sft, most = cfg.sft, min(cfg.sft.max_length, self.policy.context)
+        longest = 0
+        for number, problems in enumerate(rounds, 1):
+            lengths = [len(self.policy.encode_prompt(p.train_prompt)) for p in problems]
+            longest = max(longest, *lengths)
+            which, kind = (max(lengths), "longest") if sft.too_long == "stop" else (min(lengths), "shortest")
+            if which >= most:
+                of = "" if cfg.task.problems == "fixed" else f" of round {number}"
+                raise TaskError(
+                    f"task {name!r}: its {kind} training prompt{of} has {which} tokens, "
+                    f"sft.max_length is {sft.max_length} and the model's context {self.policy.context}; lower "
+                    "task.train_shots, raise sft.max_length, or leave such problems' solutions out with "
+                    "sft.too_long=drop"
+                )
+        if sft.too_long == "stop" and not isinstance(cfg.teacher, TeacherFile) and longest + new + 1 > most:
+            log.warning(
+                "the longest training prompt has %d tokens, sampler.max_new_tokens is %d: with its end such an example "
+                "may have %d, and sft.max_length is %d, the model's context %d. One that is longer ends the run after "
+                "sampling; leave those out with sft.too_long=drop, or raise sft.max_length",
+                longest, new, longest + new + 1, sft.max_length, self.policy.context,
+            )  # fmt: skip
 
     # --- the verbs ---------------------------------------------------------------------------------------------
 
@@ -1335,6 +1417,12 @@ def layer_metrics(layers: Mapping[str, Any]) -> dict[str, float]:
     for row, figures in layers["merge"].items():
         out |= {f"merge/{name}/{row}": value for name, value in figures.items() if value is not None}
     return out
+
+
+def base_digest(folder: Path, trust_remote_code: bool = False) -> str:
+    """What the stages of a run call the base in `folder`: its weights, config and tokenizer."""
+    weights = Policy(folder, trust_remote_code=trust_remote_code).weights()
+    return _digest_json([digest_weights(weights), _extras_digest(folder)])
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
