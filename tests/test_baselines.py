@@ -333,7 +333,8 @@ def test_cases_of_a_sweep_are_no_grid(tmp_path: Path) -> None:
     made.mkdir(parents=True)
     (made / "mine.yaml").write_text(
         "# @package _global_\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    cases:\n      plain: []\n"
-        "      pulled: [sft.l2_to_base=1, merge.ratio=0.3, sft.lr=1e-4]\n    params:\n      seed: 0,1\n      merge.ratio: null\n"
+        "      pulled: [sft.l2_to_base=1, merge.ratio=0.3, sft.lr=1e-4]\n    params:\n      seed: 0,1\n"
+        "      merge.ratio: null\n"
         "      sft.lr: 2e-4\n"
     )
     words = ("--config-dir", str(tmp_path / "conf"), "experiment=mine", *SMALL, *ONE, "hydra.sweep.dir=out")
