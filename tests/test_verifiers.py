@@ -30,7 +30,23 @@ PETS = {"A": "a dog", "B": "a big dog", "C": "cat"}
         (" 9-4=5", "5"),
         ("so the Answer is -3", "-3"),
         ("the answer is unknown, 12 perhaps", "12"),
-        ("12 of them; the answer is unknown", "12"),
+        ("12 of them; the answer is unknown", None),  # nothing is read from elsewhere
+        ("He has 9 * 8. The answer is seventy-two.", None),
+        ("so 72.\n#### unknown", None),
+        ("Answer: 5", "5"),
+        ("**Answer:** 1,000 dollars", "1000"),
+        ("The answer isn't hard: 5 + 2 = 7", "7"),
+        # headings of ####
+        ("#### Step 1: cost\n8 * 5 = 40\n#### Step 2: total\n40+32=72\nThe answer is 72.", "72"),
+        ("#### Step 1: cost\n8 * 5 = 40\n#### Step 2: total\n40+32=72", "72"),
+        ("#### 2. Total\n40+32=72", "72"),
+        ("#### 2\n40+32=\\boxed{72}", "72"),
+        ("#### 72 dollars\n#### Explanation\n9 * 8", "72"),
+        ("The answer is 72.\n#### Step 1\nWe add 40", "72"),
+        ("#### Total: 72 dollars", "72"),
+        ("#### **72**", "72"),
+        ("#### 40 or 72", None),
+        ("#### Step 3", None),
         ("no number", None),
         ("", None),
         ("٣ is not read", None),  # a digit, but not one of ours
@@ -55,6 +71,29 @@ PETS = {"A": "a dog", "B": "a big dog", "C": "cat"}
         ("The answer is 1/2", "0.5"),
         (r"The answer is \frac{2}{3}.", "2/3"),
         (r"\dfrac12", "0.5"),
+        (r"\frac1{20}", "0.05"),
+        (r"The answer is $3\frac{1}{2}$", "3.5"),
+        (r"The answer is $-12\dfrac12$", "-12.5"),
+        (r"The answer is $3 \frac{1}{2}$", "3.5"),
+        (r"The answer is $3\frac{5}{2}$", None),  # a product
+        (r"The answer is $1.5\frac{1}{2}$", None),
+        # dashes, and groups of digits
+        ("the answer is \u20133", "-3"),
+        ("the answer is \u2013$1,200.50", "-1200.5"),
+        ("x=\u20113", "-3"),
+        ("the answer is \u2014 3", "3"),
+        ("pages 3\u20135", "5"),
+        ("1\u202f000", "1000"),
+        ("the answer is 12\u00a0345\u00a0678.50 dollars", "12345678.5"),
+        ("1'000", "1000"),
+        ("1 000", "1000"),
+        ("the answer is 12 000.", "12000"),
+        ("1 234", None),  # one number or two?
+        ("5 100/2", None),
+        ("1 000/2", None),
+        ("1000 000", "0"),
+        ("5\u00a01/2", "5.5"),
+        ("12 3456", "3456"),
         ("5 1/2 hours", "5.5"),
         ("-5 1/2", "-5.5"),
         # what is not one plain number is no answer, and neither is a part of it
@@ -137,6 +176,20 @@ def test_only_equal_numbers_are_equal(a: Decimal, b: Decimal) -> None:
         ("The answer is B because dogs bark", "B"),
         (r"The answer is \boxed{C}", "C"),
         (r"\boxed{\text{(B)}}", "B"),
+        # headings, and what is said after the answer
+        ("#### Option A\nbad\n#### Option C\nbad\nThe answer is (B).", "B"),
+        ("#### Option A\nbad\n#### Option C\nbad, so B", "B"),
+        ("#### B", "B"),
+        ("#### (B) a big dog\nbecause", "B"),
+        ("Answer: B. Because (A) floats.", "B"),
+        ("Answer: (B)\nNot (C)", "B"),
+        ("The answer is a big dog.\nExplanation: (C) burns.", "B"),
+        ("The answer is\n(C)", "C"),
+        ("(A) floats. The answer is (E).", None),
+        ("The answer is (E). (A) floats.", None),
+        ("The answer is E. (A) floats.", None),
+        ("The answer is a big dog, not (C).", None),  # which of the two?
+        ("A dog? The answer is unknown.", None),
         (r"so \boxed{\text{B}}", "B"),
         ("B", "B"),
         (" (c)\n", "C"),
@@ -176,6 +229,8 @@ def test_choices_stand_in_the_question() -> None:
         ("not ( True ) is False", "no"),
         (r"\boxed{\text{false}}", "no"),
         ("#### yes", "yes"),
+        ("#### Is it true?\nhm\nno", "no"),
+        ("No. The answer is unclear.\nYes?", None),
         ("nobody knows", None),
         ("", None),
     ],
@@ -190,6 +245,9 @@ def test_booleans_are_read(text: str, said: str | None) -> None:
         ("So the answer is VALID.", "valid"),
         ("thus\n'in  valid' ", "in valid"),
         ("#### ] ) >", "] ) >"),
+        ("#### Reasoning\nfoo\nThe answer is valid.", "valid"),
+        ("#### Reasoning\nfoo\nvalid", "valid"),
+        ("**Answer:** valid", "valid"),
         ("The answer is:\n  banana apple\nQ:", "banana apple"),
         ("The answer is ４２", "42"),  # compatible characters
         ("...", None),
@@ -213,6 +271,10 @@ def test_exact_texts_are_read(text: str, said: str | None) -> None:
         (r"first $a$, then $b + \$1$", r"b + \$1"),
         ("x = 12", "12"),
         ("#### 12\nmore", "12"),
+        ("#### Step 2: total\nso $72$", "72"),
+        ("#### Step 2: total\nThe answer is 72.", "72"),
+        ("The answer is 3.\n#### 4", "4"),
+        (r"so $72$. \boxed{}", None),
         (r"\boxed{" + "1" * 400 + "}", None),  # no answer is so long,
         (r"\boxed{" + "(" * 20 + "1" + ")" * 20 + "}", None),  # or so deep
         ("nothing", None),
@@ -290,6 +352,43 @@ DIFFERENT = [
 ]
 
 
+def test_votes_for_one_number_are_votes_for_one_answer() -> None:
+    texts = [r"\dfrac{1}{2}", r"\frac{1}{2}", r"\frac12", "0.5", "3", "3"]
+    verdicts = judge("math", [("3", rf"\boxed{{{text}}}", {}, True) for text in texts])
+    assert [v.answer for v in verdicts] == ["0.5"] * 4 + ["3"] * 2
+    assert [v.reason for v in verdicts] == ["wrong"] * 4 + ["correct"] * 2
+    others = [r"\dfrac\pi2", r"\frac{\pi}{2}", r" \tfrac \pi{2} "]
+    spelled_ = {v.answer for v in judge("math", [("3", rf"\boxed{{{text}}}", {}, True) for text in others[1:2]])}
+    assert spelled_ == {r"\frac{\pi}{2}"}
+    assert not verifiers.same_latex(others[0], others[1])  # \pi is no single character: math-verify's to say
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "reason"),
+    [
+        ("0.33333333", r"\frac{1}{3}", "wrong"),  # math-verify compares 6 decimals
+        (r"\frac{1}{3}", "0.33333333", "wrong"),
+        (r"1\,000", "1000", "correct"),
+        (r"\$36", "36.00", "correct"),
+        (r"3\frac12", r"\frac72", "correct"),
+        (r"3\frac12", r"\frac32", "wrong"),
+        ("\u22123", "-3", "correct"),
+    ],
+)
+def test_plain_numbers_in_latex_are_compared_exactly(
+    gold: str, answer: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(latex, "compare", lambda pairs, _: asked.extend(pairs) or ["error"] * len(pairs))
+    assert judge("math", [(gold, rf"\boxed{{{answer}}}", {}, True)])[0].reason == reason
+    assert asked == []
+
+
+@pytest.mark.parametrize("text", ["x^2", r"50\%", "3 cm", "(1,2)", "2x", "1/0", "", r"12^\circ", r"\sqrt{2}", "1:30"])
+def test_what_is_more_than_a_number_is_left_to_math_verify(text: str) -> None:
+    assert verifiers.number(text) is None
+
+
 def test_latex_is_compared_by_what_it_means() -> None:
     assert latex.compare([*EQUAL, *DIFFERENT]) == ["correct"] * len(EQUAL) + ["wrong"] * len(DIFFERENT)
 
@@ -299,6 +398,7 @@ def test_the_shortcut_for_one_string_says_what_math_verify_says() -> None:
     pairs = [(gold, gold.replace("frac", "dfrac").replace("ddfrac", "tfrac").replace(",", ", ")) for gold, _ in EQUAL]
     assert all(verifiers.same_latex(*pair) for pair in pairs)
     assert latex.compare(pairs) == ["correct"] * len(pairs)
+    assert verifiers.same_latex(r"\frac12", r"\dfrac{1}2")
     assert not any(verifiers.same_latex(*pair) for pair in DIFFERENT)
 
 
