@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from itermerge.config import ConfigError, check
 from itermerge.policy import Policy
-from itermerge.stages import build_task
+from itermerge.stages import build_task, task_key
 from itermerge.tasks import Problem, Split, TaskError, check_disjoint, check_gold, hub, prompts, verifiers
 from itermerge.tasks.contamination import Evaluated
 from itermerge.tasks.hub import HubTask, part_of, read_shots
@@ -143,6 +143,7 @@ def bbh(i: int) -> dict[str, Any]:
     return {"input": text, "target": f"({'ABC'[i % 3]})"}
 
 
+BBH = ("task.n_train=64", "task.n_validation=24", "suite.n=40", "suite.pass_k_n=16")
 Case = tuple[Callable[[int], dict[str, Any]], dict[str, int], list[str], str]
 CASES: dict[str, Case] = {  # rows, splits and their sizes, the overrides of the README, the verifier
     "gsm8k": (gsm8k, {"train": 800, "test": 60}, ["task=gsm8k", "task.name=null"], "numeric"),
@@ -168,9 +169,9 @@ CASES: dict[str, Case] = {  # rows, splits and their sizes, the overrides of the
          "task.splits.validation=validation"], "numeric",
     ),
     "bbh": (
-        bbh, {"test": 260},
+        bbh, {"test": 250},  # as date_understanding has
         ["task=hub", "task.question=input", "task.answer=target", "task.verifier=choice",
-         "task.splits={train: test, validation: test, test: test}"], "choice",
+         "task.splits={train: test, validation: test, test: test}", *BBH], "choice",
     ),
 }  # fmt: skip
 MATH_OFF = "task.decontaminate=null"  # our rows are alike but for a number
@@ -209,6 +210,31 @@ def test_real_schemas_are_read_and_their_gold_answers_pass(name: str, tmp_path: 
     again = build_task(cfg.task).problems("train", 12, "seed", 0)
     assert again == splits["train"][:12]  # more problems begin with the same ones
     assert again != task.problems("train", 12, "seed", 1)
+
+
+def test_a_small_set_has_the_problems_that_its_command_asks_for(tmp_path: Path) -> None:
+    from itermerge.stages import Exams
+
+    task, cfg = made("bbh", tmp_path)
+    of = Exams(cfg.task, cfg.suite, lambda spec: task if spec is cfg.task else build_task(spec))
+    assert (len(of.own), len(of.validation)) == (40, 24)
+    assert len(task.problems("train", cfg.task.n_train, 0)) == 64
+    assert cfg.suite.pass_k_n == 16 <= len(of.validation)
+
+
+@pytest.mark.parametrize("suite", ["gsm8k", "math"])
+def test_suites_do_not_ask_for_every_row_of_svamp(suite: str) -> None:
+    assert check(compose_config(f"suite={suite}")).suite.n <= 290  # of 300
+
+
+def test_the_versions_that_judge_latex_are_in_the_keys() -> None:
+    from importlib.metadata import version
+
+    key = task_key(check(compose_config("task=math")).task)
+    assert {p: key[p] for p in ("math-verify", "sympy", "latex2sympy2_extended")} == {
+        p: version(p) for p in ("math-verify", "sympy", "latex2sympy2_extended")
+    }
+    assert "sympy" not in task_key(check(compose_config("task=gsm8k")).task)
 
 
 def test_gsm8ks_own_solutions_are_gold_completions(tmp_path: Path) -> None:
@@ -613,6 +639,29 @@ def test_a_verifier_that_reads_nothing_warns_once(tmp_path: Path, caplog: pytest
         "task.n_train=8", "task.n_validation=8", "rounds=2", "loop.on_empty=skip", f"store.dir={tmp_path / 'store'}",
     )  # fmt: skip
     assert summary["final"]["train_sample/unparseable"] + summary["final"]["train_sample/truncated"] == 32
+    assert "of its own have more than" not in caplog.text
     warned = [r for r in caplog.records if "the verifier finds no answer in most of them" in r.getMessage()]
     assert len(warned) == 1
     assert "task.verifier" in warned[0].getMessage()
+
+
+def test_solutions_longer_than_samples_are_told_before_any_is_made_and_cut_off_ones_after(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"question": f"sum {i}+1?", "answer": f"It is {i} + 1 = {i + 1}. #### {i + 1}"} for i in range(120)]
+    file = write(tmp_path / "b.jsonl", rows)
+    run_here(
+        tmp_path / "run", "task=hub", f"task.path={file}", "task.splits.test=train", "task.question=question",
+        "task.answer=answer", "task.solution=answer", "task.verifier=numeric", "task.prompt='{question}'",
+        "task.label=b", MATH_OFF, "task.n_train=8", "task.n_validation=8", "rounds=2", "loop.on_empty=skip",
+        "sampler.max_new_tokens=1", "suite.pass_k_n=4", f"store.dir={tmp_path / 'store'}",
+    )  # fmt: skip
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    before = [i for i, text in enumerate(said) if "8 of 8 solutions of its own have more than sampler.max_new" in text]
+    after = [
+        i for i, text in enumerate(said) if re.search(r"round 1: \d+ of 32 samples were cut off after 1 tok", text)
+    ]
+    assert len(before) == 1
+    assert len(after) == 1
+    assert before < after
+    assert sum("were cut off" in text for text in said) == 1  # not in each round

@@ -56,6 +56,7 @@ def run(
         bench = parts.bench(cfg, store, Path(scratch))
         check_space([(cfg, bench.size)], root, folder)
         record = parts.record(cfg, folder, tracker)
+        look_at_lengths(cfg, bench)
         history, examples, tuned, made = [bench.base], [], bench.base, []
         past: list[tuple[Model, Model]] = []  # (tuned, start) of each round that was fitted
         record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base))
@@ -106,6 +107,19 @@ def run(
             drop_weights(bench, made, history, tuned, past, record.update, done=True)
     shutil.rmtree(private, ignore_errors=True)
     return summary
+
+
+def look_at_lengths(cfg: Root, bench: Bench) -> None:
+    """Warns where most of the task's own solutions would not fit in a sample."""
+    lengths = [bench.policy.length_of(p.gold) for p in bench.validation]
+    most = cfg.sampler.max_new_tokens
+    if 2 * sum(length > most for length in lengths) > len(lengths):
+        log.warning(
+            "task %s: %d of %d solutions of its own have more than sampler.max_new_tokens=%d tokens, the longest %d: a "
+            "sample as long is cut off and not judged. Raise sampler.max_new_tokens (and suite.max_new_tokens, "
+            "sft.max_length)", bench.task.name, sum(length > most for length in lengths), len(lengths), most,
+            max(lengths),
+        )  # fmt: skip
 
 
 def export_rounds(cfg: Root, folder: Path, bench: Bench, history: list[Model]) -> None:
@@ -205,7 +219,7 @@ class RunRecord:
         self.update: Model | None = None  # that of the last round
         self.base: Artifact | None = None  # its scores
         self.failed: dict[str, str] = {}
-        self.warned = False  # that samples cannot be judged
+        self.warned: set[str] = set()  # of what look_at_verdicts has warned
 
     def attempt(self, what: str, make: Callable[[], T]) -> T | None:
         """make(), or None when it failed: an analysis is worth no run. The reason is logged, and stands in
@@ -290,16 +304,24 @@ class RunRecord:
         return self.attempt(f"round {now.number}: layer change", analyze)
 
     def look_at_verdicts(self, samples: Artifact, number: int) -> None:
-        """Says what became of a round's samples, and warns once where most of them could not be judged."""
+        """Says what became of a round's samples; warns once where most could not be judged, once where most were cut
+        off."""
         n, reasons = samples.facts["samples"], samples.facts["reasons"]
         log.info("round %d: %d samples: %s", number, n, ", ".join(f"{c} {r}" for r, c in reasons.items() if c))
         unjudged = {r: c for r in UNJUDGED if (c := reasons[r])}
-        if 2 * sum(unjudged.values()) > n and not self.warned:
-            self.warned = True
+        if 2 * sum(unjudged.values()) > n and "unjudged" not in self.warned:
+            self.warned.add("unjudged")
             log.warning(
                 "round %d: of %d samples %s: the verifier finds no answer in most of them. Look at rounds/%02d/"
                 "samples.jsonl, then at task.verifier, task.prompt, the worked examples (task.shots) and task.stop",
                 number, n, ", ".join(f"{c} {r}" for r, c in unjudged.items()), number,
+            )  # fmt: skip
+        if 2 * reasons["truncated"] > n and "truncated" not in self.warned:
+            self.warned.add("truncated")
+            log.warning(
+                "round %d: %d of %d samples were cut off after %d tokens, and are not judged: raise "
+                "sampler.max_new_tokens (and sft.max_length), or let the answer end, by task.stop",
+                number, reasons["truncated"], n, self.cfg.sampler.max_new_tokens,
             )  # fmt: skip
 
     def layer_importance(self) -> dict[str, float]:

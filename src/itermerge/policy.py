@@ -74,6 +74,10 @@ class Policy:
         """Token ids of a completion and the eos that ends it."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_ids[0]]
 
+    def length_of(self, completion: str) -> int:
+        """Tokens of a completion, its eos included."""
+        return len(self.encode_completion(completion))
+
     @property
     def context(self) -> int:
         """Positions that the model has."""

@@ -176,6 +176,7 @@ _TASK_KEYS = {
     "gym": ("kind", "dataset", "options", "shots", "train_shots"),
     "hub": ("kind", "verifier", "prompt", "eval_prompt", "stop"),  # of the data, its problems enter the keys
 }
+JUDGES = ("math-verify", "latex2sympy2_extended", "sympy")  # whose versions decide what LaTeX is equal
 TASK_FILES = {
     "lab": ("tasks/lab.py",),
     "gym": ("tasks/gym.py",),
@@ -185,8 +186,8 @@ TASK_FILES = {
 
 def task_key(spec: Any) -> dict[str, Any]:
     """What of a task decides its problems, prompts and verdicts."""
-    judge = {"math_verify": version("math-verify")} if getattr(spec, "verifier", None) == "math" else {}
-    return {name: getattr(spec, name) for name in _TASK_KEYS[spec.kind]} | judge
+    judges = JUDGES if getattr(spec, "verifier", None) == "math" else ()
+    return {name: getattr(spec, name) for name in _TASK_KEYS[spec.kind]} | {p: version(p) for p in judges}
 
 
 def device_of(accelerator: str) -> str:

@@ -31,9 +31,13 @@ _WORKER = Path(__file__).with_name("latex_worker.py")
 
 
 def require() -> None:
-    """Raises TaskError where math-verify is not installed."""
+    """Raises TaskError where math-verify is not installed, or does not work in a process of its own: one is started,
+    once in this process, and finds \\frac{1}{2} equal to 0.5."""
     if find_spec("math_verify") is None:
         raise TaskError("verifier math: answers in LaTeX need the extra 'math': pip install 'itermerge[math]'")
+    if not _Worker.works:
+        with _pool() as workers:
+            workers.get().start(LIMIT_S)
 
 
 def compare(pairs: Sequence[tuple[str, str]], limit_s: float = LIMIT_S) -> list[Reason]:
@@ -57,19 +61,40 @@ def compare(pairs: Sequence[tuple[str, str]], limit_s: float = LIMIT_S) -> list[
 class _Worker:
     """One subprocess, started when it is needed."""
 
+    works = False  # whether one has ever started
+
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
+    def start(self, limit_s: float) -> subprocess.Popen[str]:
+        """The process, running and warm. Raises TaskError where it says something else."""
+        if self.process is not None and self.process.poll() is None:
+            return self.process
+        # -P: the folder of the script, which has modules with common names, is not searched
+        command = [sys.executable, "-P", str(_WORKER)]
+        process = self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            encoding="utf-8",
+        )  # fmt: skip
+        patience = 60 + PATIENCE * limit_s
+        said, late = self._read(patience)
+        if said != "ready":
+            self.stop()
+            why = f"nothing within {patience:.0f} s" if late else said or f"exit status {process.returncode}"
+            raise TaskError(
+                f"verifier math: the process that compares answers in LaTeX does not work ({why}); to see it fail: "
+                f"{' '.join(command)}. Install what it needs: pip install 'itermerge[math]'"
+            )
+        _Worker.works = True
+        return process
+
     def compare(self, gold: str, answer: str, limit_s: float) -> Reason:
-        if self.process is None or self.process.poll() is not None:
-            # -P: the folder of the script, which has modules with common names, is not searched
-            command = [sys.executable, "-P", str(_WORKER)]
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                encoding="utf-8",
-            )  # fmt: skip
-            self._read(60 + PATIENCE * limit_s)  # it says that it has imported what it needs
-        process = self.process
+        try:
+            process = self.start(limit_s)
+        except TaskError:
+            if not _Worker.works:
+                raise
+            return "error"  # others did: there is no memory left, perhaps
         assert process.stdin
         try:
             process.stdin.write(json.dumps([gold, answer, limit_s]) + "\n")
