@@ -439,6 +439,8 @@ def _others(
             raise StudyError(
                 f"label {label!r} names two settings, {', '.join(apart)} {way} and another; study them apart"
             )
+        plain = {f"{k}={u}" for k, u in zip(looked_at, usual, strict=True)}  # what a constant ratio has anyway
+        way = ", ".join(part for part in way.split(", ") if part not in plain)
         out.append(("", label, True) if apart and label else (way, ", ".join(apart), False))
     return out
 
