@@ -236,8 +236,7 @@ class RunRecord:
     def measure_importance(self, bench: Bench, samples: Artifact) -> None:
         """Importance of the base's layers, once a chain: on its own solutions of the first round that has some."""
         spec = self.cfg.analysis
-        own = (lambda: samples) if bench.cfg.teacher.kind == "none" else bench.solved_by_base
-        wanted = {"importance": lambda: solved(own())} if spec.importance else {}
+        wanted = {"importance": lambda: solved(bench.by_base(samples))} if spec.importance else {}
         if spec.importance and spec.ood:
             wanted["importance_ood"] = lambda: list(stages.read_lines(bench.solutions_ood().folder / "examples.jsonl"))
         for name, solutions in wanted.items():

@@ -552,7 +552,7 @@ class _Record(loop.RunRecord):
 
     def measure_importance(self, bench: Bench, samples: Artifact) -> None:
         spec, rows = self.cfg.analysis, [f"layer_{i:02d}" for i in range(bench.policy.model.config.num_hidden_layers)]
-        wanted = {"importance": lambda: loop.solved(samples)} if spec.importance else {}
+        wanted = {"importance": lambda: loop.solved(bench.by_base(samples))} if spec.importance else {}
         if spec.importance and spec.ood:
             wanted["importance_ood"] = lambda: list(stages.read_lines(bench.solutions_ood().folder / "examples.jsonl"))
         for name, of in wanted.items():

@@ -529,8 +529,10 @@ class Bench:
         left = [p for p in self.train_problems(number) if p.id not in solved]
         return self.verify(first, number, self.sample(model, number, left, hints=True)) if left else samples
 
-    def solved_by_base(self) -> Artifact:
-        """samples.jsonl of the base's own solutions of the first round's problems, for runs that a teacher solves."""
+    def by_base(self, samples: Artifact) -> Artifact:
+        """`samples` of the first round; where a teacher has made them, the base's own of the same problems."""
+        if self.cfg.teacher.kind == "none":
+            return samples
         return self.verify(self.sample(self.base, 1, self.train_problems(1)), 1)
 
     def given(self, number: int) -> Artifact:
