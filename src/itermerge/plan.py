@@ -262,6 +262,7 @@ class Sketch(Bench):
         self.read: Sequence[Mapping[str, str]] = ()  # by the analysis of importance
         self.asked: Sequence[Problem] = ()  # of the samples, with the answer given away where `hinted`
         self.hinted = False
+        self.solver: Shape | None = None  # who writes them, where it is not the model
         self.based = False  # whether the base's predictions are made
         super().__init__(cfg, store, scratch)
         if self.of.harness:
@@ -360,7 +361,7 @@ class Sketch(Bench):
         return self.verify(first, number, self.sample(model, number, problems, hints=True))
 
     def sample(self, model: Model, number: int, problems: Sequence[Problem], hints: bool = False) -> Artifact:
-        self.asked, self.hinted = problems, hints
+        self.asked, self.hinted, self.solver = problems, hints, self.teaches if model is self.teacher else None
         return super().sample(model, number, problems, hints)
 
     def verify(self, completions: Artifact, number: int, hinted: Artifact | None = None) -> Artifact:
@@ -402,7 +403,7 @@ class Sketch(Bench):
         if stage == "sample":  # nothing is asked where a file has the solutions
             count = cfg.sampler.hints if self.hinted else cfg.sampler.n
             prompts = [p.hint_prompt if self.hinted else p.prompt for p in self.asked]
-            return self.generate(prompts, count, shape=self.teaches) if prompts else Cost()
+            return self.generate(prompts, count, shape=self.solver) if prompts else Cost()
         if stage == "held_out":
             return self.generate([p.asked for p in self.validation[: cfg.suite.pass_k_n]], cfg.sampler.n)
         if stage == "solutions_ood":
