@@ -303,7 +303,7 @@ def test_a_fit_with_adapters_ends_with_plain_weights(tiny: Policy, tmp_path: Pat
     start, names = {n: w.clone() for n, w in tiny.weights().items()}, list(tiny.model.state_dict())
     spec = dataclasses.replace(SPEC, lora=LoraSpec(2, 4.0, 0.0, ("q_proj", "down_proj")))
     spy = _Spy()
-    losses = fit(tiny, EXAMPLES, spec, seed=0, callbacks=[spy], scratch=tmp_path)
+    losses = fit(tiny, EXAMPLES, spec, seed=0, callbacks=[spy], scratch=tmp_path).losses
     assert losses[-1] < losses[0]
     assert list(tiny.model.state_dict()) == names
     assert all(p.requires_grad for p in tiny.model.parameters())

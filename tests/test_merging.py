@@ -31,6 +31,7 @@ from itermerge.merging import (
     tensor_ratios,
 )  # fmt: skip
 from itermerge.policy import Policy
+from itermerge.sft import Fitted
 from itermerge.weights import Checkpoint, PolicyError, place_of, read_weights, write_folder
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
@@ -571,10 +572,10 @@ DRIFTS = {
 def test_drift_law(start: str, anchor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = iter(MOVES)
 
-    def update(policy: Policy, *_: object, **__: object) -> list[float]:
+    def update(policy: Policy, *_: object, **__: object) -> Fitted:
         u = next(rounds)
         policy.set_weights({name: w + u for name, w in policy.weights().items()})
-        return [0.0]
+        return Fitted([0.0], [], [], 1)
 
     monkeypatch.setattr(stages, "fit", update)
     run_here(

@@ -19,6 +19,7 @@ from itermerge.policy import Policy
 from itermerge.report.folders import flat
 from itermerge.report.folders import is_vanilla as is_vanilla_flat
 from itermerge.rules import method_of, source_of
+from itermerge.sft import Fitted
 from itermerge.tasks import derive_seed
 from itermerge.weights import place_of, read_weights
 
@@ -31,7 +32,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tensor], dict[
     """Fits that add small random updates, partly the same in all rounds; (start, tuned) of each."""
     made: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
-    def update(policy: Policy, *_: object, **__: object) -> list[float]:
+    def update(policy: Policy, *_: object, **__: object) -> Fitted:
         common, own = torch.Generator().manual_seed(99), torch.Generator().manual_seed(len(made))
         start = {n: w.clone() for n, w in policy.weights().items()}
         tuned = {
@@ -40,7 +41,7 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Tensor], dict[
         }
         policy.set_weights(tuned)
         made.append((start, tuned))
-        return [0.0]
+        return Fitted([0.0], [], [], 1)
 
     monkeypatch.setattr(stages, "fit", update)
     return made
@@ -182,9 +183,9 @@ def test_a_schedule_over_rounds(tmp_path: Path, fits: list[Any]) -> None:
 def test_a_schedule_over_epochs_reaches_the_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def spy(policy: Policy, *_: object, callbacks: Any, **__: object) -> list[float]:
+    def spy(policy: Policy, *_: object, callbacks: Any, **__: object) -> Fitted:
         seen.extend((c.at, c.ratios, c.anchor) for c in callbacks)
-        return [0.0] * 4
+        return Fitted([0.0] * 4, [], [], 4)
 
     monkeypatch.setattr(stages, "fit", spy)
     rounds = _run(tmp_path, "merge.every_n_epochs=1", "sft.epochs=4", "merge.policy.epochs=[2.0, 0.5]", rounds=1)
