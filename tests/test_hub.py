@@ -468,15 +468,6 @@ def test_each_worked_sum_is_right() -> None:
         assert verifiers.read("numeric", solution) == sums[-1][1]
 
 
-def test_worked_examples_stand_in_no_data_set_that_is_here() -> None:
-    home = Path("~/.cache/itermerge/data").expanduser()
-    files = [f for f in (home / "asdiv.jsonl", home / "gsm8k_test.jsonl") if f.is_file()]
-    if not files:
-        pytest.skip("neither ASDiv nor GSM8K's test set is there; they come with: make wordproblems")
-    seen = Evaluated((json.loads(line)["question"] for f in files for line in f.read_bytes().splitlines()), 10)
-    assert [q for q, _ in read_shots("word_problems") if seen.has(q)] == []
-
-
 def test_the_users_own_shots_with_choices(tmp_path: Path) -> None:
     row = {"question": "Which?", "choices": ["x", "y"], "solution": "The answer is (B)."}
     file = write(tmp_path / "mine.jsonl", [row])

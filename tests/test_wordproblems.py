@@ -18,7 +18,8 @@ from itermerge import wordproblems
 from itermerge.config import check
 from itermerge.packaged import PackagedError
 from itermerge.stages import build_task
-from itermerge.tasks import check_gold
+from itermerge.tasks import check_gold, verifiers
+from itermerge.tasks.hub import read_shots
 
 
 def test_the_tasks_that_read_these_files(tmp_path: Path) -> None:
@@ -114,3 +115,14 @@ def test_another_file_than_the_known_one_is_refused(
     with pytest.raises(PackagedError, match=r"has sha256 44136fa3.*, expected 0000.*; not used"):  # that of {}
         wordproblems.bring(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_whole_sets_pass_their_verifier_and_hold_no_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"question": f"How many are {i} and {i}?", "answer": str(2 * i)} for i in range(50)]
+    wordproblems.check("mine", rows)
+    question, _ = read_shots("word_problems")[3]
+    with pytest.raises(PackagedError, match=r"mine: .* is one of our worked examples"):
+        wordproblems.check("mine", [*rows, {"question": f"{question} Say why.", "answer": "1"}])
+    monkeypatch.setitem(verifiers.READ, "numeric", lambda text, _: "7")
+    with pytest.raises(PackagedError, match=r"mine: the answer of 'How many are 0 and 0\?' does not pass"):
+        wordproblems.check("mine", rows)

