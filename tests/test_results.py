@@ -17,7 +17,7 @@ STUDIES = sorted(f.parent.name for f in RESULTS.glob("*/matched.csv"))
 TABLES = ("tasks", "grid", "chosen", "matched", "robust")
 CONTROLS = {  # where a study of merges takes its controls
     "lab_merges": ["lab_study"], "lab_baselines": ["lab_study"], "lab_ablations": ["lab_study"],
-    "smollm2_merges": ["smollm2"], "smollm2_baselines": ["smollm2", "smollm2_merges"],
+    "lab_distill": ["lab_study"], "smollm2_merges": ["smollm2"], "smollm2_baselines": ["smollm2", "smollm2_merges"],
 }  # fmt: skip
 MERGES = sorted(f.parent.name for f in RESULTS.glob("*/merges.csv"))
 

@@ -304,6 +304,17 @@ def test_a_key_that_older_runs_do_not_have_makes_no_other_method(sweep: Path) ->
     assert ("0", 7) in method.chains
 
 
+def test_a_newer_key_with_one_value_is_a_difference_to_what_it_was_before(sweep: Path) -> None:
+    """All that have the key are taught; those that have it not were not."""
+    _run(
+        sweep / "taught", ratio=0.5, lr=4e-4, seed=7, val=[0.3] * 3, id_=[0.3] * 3, near=[0.9] * 3, drift=[0, 1, 1],
+        teacher={"kind": "lab"}, label="taught",
+    )  # fmt: skip
+    methods = {m.name: m for m in read([sweep])[0]}
+    assert methods["ratio 0.5, lr 0.0004, taught"].named
+    assert ("0", 7) not in methods["ratio 0.5, lr 0.0004"].chains
+
+
 def test_ways_of_merging_are_told_apart_and_share_vanilla(sweep: Path) -> None:
     for seed in (0, 1):
         _run(

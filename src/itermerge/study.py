@@ -70,7 +70,7 @@ NO_MATTER = (
 )  # fmt: skip
 LOOKS = "analysis."  # looks at a chain, does not change it
 OLDER = ("merge.kind", "merge.ratio", "merge.anchor", "merge.every_n_epochs", "merge.reset_optimizer")
-PLAIN: Mapping[str, Any] = {  # what keys that older runs do not have were there, where newer ones vary them
+PLAIN: Mapping[str, Any] = {  # what keys were in older runs, which do not have them
     "label": "", "sampler.hints": 0, "sft.l2_to_base": 0.0, "sft.kl_to_base": 0.0, "sft.replay": None,
     "sft.replay_share": 0.0, "sft.patience": None, "task.labels": "gold", "teacher.kind": "none",
 }  # fmt: skip
@@ -383,7 +383,8 @@ def methods_of(chains: Sequence[Found]) -> list[Method]:
     configs = [c.config for _, c in chains]
     ours = [k for k in sorted({k for c in configs for k in c}) if k not in (*UNIT_KEYS, *NO_MATTER, "sft.lr", "label")]
     varied = [k for k in ours if not k.startswith(("merge.", LOOKS))]
-    varied = [k for k in varied if len({str(c[k]) for c in configs if k in c}) > 1]
+    # another key that older runs do not have changed nothing when it came
+    varied = [k for k in varied if len({str(c.get(k, PLAIN.get(k))) for c in configs if k in c or k in PLAIN}) > 1]
     if apart := [k for k in varied if f"{k}.".startswith(tuple(f"{key.rstrip('.')}." for key in ITEM_KEYS))]:
         raise StudyError(f"runs that differ in {', '.join(apart)} have not answered the same items; study them apart")
     how_keys: dict[str, list[str]] = {}  # by rule: what follows from rule and policy does not vary there
