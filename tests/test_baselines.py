@@ -250,9 +250,9 @@ def test_replay_from_a_file_takes_what_it_has_and_names_bad_lines(
     assert "1 have more than 256 tokens" in caplog.text  # before anything is computed, and left out
     assert read_rounds(tmp_path / "long")[1]["sft/replayed"] == 2
     file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
-    with pytest.raises(TaskError, match=r"^sft\.replay: .*replay\.jsonl, line 2: expected .*completion"):
+    with pytest.raises(ConfigError, match=r"^sft\.replay: .*replay\.jsonl, line 2: expected .*completion"):
         run_here(tmp_path / "bad", *ONE, f"sft.replay={file}", "sft.replay_share=0.5")
-    with pytest.raises(TaskError, match=r"^sft\.replay: .*none\.jsonl is not there"):
+    with pytest.raises(ConfigError, match=r"^sft\.replay: there is no file .*none\.jsonl"):
         run_here(tmp_path / "none", *ONE, f"sft.replay={tmp_path}/none.jsonl", "sft.replay_share=0.5")
 
 
@@ -279,7 +279,7 @@ def test_a_teachers_file_must_hold_some_of_the_problems(tmp_path: Path) -> None:
     written.write_text(json.dumps({"question": "another one", "completion": "#1"}) + "\n")
     with pytest.raises(TaskError, match=r"^teacher\.path: none of the round's 16 problems is in .*solutions\.jsonl"):
         run_here(tmp_path / "run", *ONE, "teacher=file", f"teacher.path={written}")
-    with pytest.raises(TaskError, match=r"^teacher\.path: .*gone\.jsonl is not there"):
+    with pytest.raises(ConfigError, match=r"^teacher\.path: there is no file .*gone\.jsonl"):
         run_here(tmp_path / "gone", *ONE, "teacher=file", f"teacher.path={tmp_path}/gone.jsonl")
 
 

@@ -34,7 +34,10 @@ def analyze(cfg: Analyze, folder: Path) -> dict[str, Any]:
     """Writes the folder; what analysis.json holds. Raises PolicyError where the checkpoints differ in their tensors,
     ConfigError where solutions cannot be read, and AnalysisError where importance cannot be measured; by then the layer
     change is written."""
-    solutions = None if cfg.solutions is None else read_solutions(Path(cfg.solutions).expanduser())
+    solutions = None
+    if cfg.solutions is not None:  # each line a problem of its own unless it has an id
+        rows = stages.read_texts(cfg.solutions, "solutions", ("prompt",))
+        solutions = [{"id": r["id"], "prompt": r["text"], "completion": r["completion"]} for r in rows]
     at, other = resolve(cfg.base, key="base"), resolve(cfg.tuned, key="tuned")
     base, tuned, notes = comparable(Checkpoint(at), Checkpoint(other))
     for note in notes:
@@ -121,27 +124,6 @@ def _own_solutions(cfg: Analyze, policy: Policy) -> list[dict[str, str]]:
         for id_, texts in solved.items()
         for text, p in [*texts.items()][: cfg.task.max_solutions]
     ]
-
-
-def read_solutions(file: Path) -> list[dict[str, str]]:
-    """Prompts and completions of a JSON-lines file, each line a problem of its own unless it has an `id`."""
-    if not file.is_file():
-        raise ConfigError(f"solutions: there is no file {file}")
-    rows = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows.append({"id": str(row.get("id", number)), "prompt": row["prompt"], "completion": row["completion"]})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            said = f'expected {{"prompt": ..., "completion": ...}}, got {line[:80]!r}'
-            raise ConfigError(f"solutions: {file}, line {number}: {said}") from error
-        if not isinstance(rows[-1]["prompt"], str) or not isinstance(rows[-1]["completion"], str):
-            raise ConfigError(f"solutions: {file}, line {number}: prompt and completion must be texts")
-    if not rows:
-        raise ConfigError(f"solutions: {file} is empty")
-    return rows
 
 
 def show(found: dict[str, Any], layers: dict[str, Any]) -> None:

@@ -353,11 +353,12 @@ class Bench:
 
     def _read_files(self) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
         """The examples of sft.replay, and the solutions of teacher=file by problem id and by question."""
-        replay, written = self.cfg.sft.replay, {}
-        pairs = read_pairs(replay, "sft.replay", ("prompt",)) if replay not in (None, "lab") else []
+        replay, written, pairs = self.cfg.sft.replay, {}, []
+        if replay not in (None, "lab"):
+            pairs = [(row["text"], row["completion"]) for row in read_texts(replay, "sft.replay", ("prompt",))]
         if isinstance(self.cfg.teacher, TeacherFile):
-            for name, completion in read_pairs(self.cfg.teacher.path, "teacher.path", ("id", "question")):
-                written.setdefault(_one_line(name), []).append(completion)
+            for row in read_texts(self.cfg.teacher.path, "teacher.path", ("id", "question")):
+                written.setdefault(_one_line(row["text"]), []).append(row["completion"])
         return pairs, written
 
     def _fit_for_replay(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -1471,29 +1472,28 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def read_pairs(path: str, key: str, first: Sequence[str]) -> list[tuple[str, str]]:
-    """(value of the first key of `first` that is there, completion) of each line of a JSON-lines file. Raises TaskError
-    naming `key`, file and line."""
+def read_texts(path: str | Path, key: str, first: Sequence[str]) -> list[dict[str, str]]:
+    """{id, text, completion} of each line of a JSON-lines file: `text` is the value of the first key of `first` that is
+    there, `id` the line's own or its number. Raises ConfigError naming `key`, file and line."""
     file = Path(path).expanduser()
     if not file.is_file():
-        raise TaskError(f"{key}: {file} is not there; expected a JSON-lines file")
+        raise ConfigError(f"{key}: there is no file {file}; expected JSON lines")
     found = []
-    with file.open("rb") as lines:
+    with file.open("rb") as lines:  # its own newlines alone: JSON may hold others
         for at, raw in enumerate(lines, 1):
             if not raw.strip():
                 continue
             try:
                 row = json.loads(raw)
-                name = next(k for k in first if k in row)
-                pair = row[name], row["completion"]
-                if not all(isinstance(text, str) for text in pair):
+                text, completion = row[next(k for k in first if k in row)], row["completion"]
+                if not isinstance(text, str) or not isinstance(completion, str):
                     raise TypeError
             except (ValueError, KeyError, TypeError, StopIteration) as error:
                 expected = " or ".join(f'{{"{k}": TEXT, "completion": TEXT}}' for k in first)
-                raise TaskError(f"{key}: {file}, line {at}: expected {expected}, got {raw[:80]!r}") from error
-            found.append(pair)
+                raise ConfigError(f"{key}: {file}, line {at}: expected {expected}, got {raw[:80]!r}") from error
+            found.append({"id": str(row.get("id", at)), "text": text, "completion": completion})
     if not found:
-        raise TaskError(f"{key}: {file} is empty")
+        raise ConfigError(f"{key}: {file} is empty")
     return found
 
 
