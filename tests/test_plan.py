@@ -314,3 +314,19 @@ def test_the_lab_s_pretraining() -> None:
     assert item.cost.samples == sum(phase.examples for phase in cfg.phases.values())
     assert item.cost.steps == sum(math.ceil(phase.examples / cfg.batch_size) for phase in cfg.phases.values())
     assert "fine-tuning" in made.memory
+
+
+def test_the_plan_in_the_readme_is_that_of_the_quickstart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("experiment=quickstart", f"store.dir={tmp_path}/store")
+    made = plan.plan([check(compose_config(*words, f"merge.ratio={r}")) for r in (0.5, 1.0)])
+    monkeypatch.setattr(plan.console, "width", 160)
+    plan.show(made)
+    out = capsys.readouterr().out
+    shown = {" ".join(line.replace("│", " ").split()) for line in out.splitlines()}
+    block = (Path(__file__).parent.parent / "README.md").read_text().split("plan=true`, with an empty store:")[1]
+    lines = [" ".join(line.split()) for line in block.split("\n\n")[1].splitlines()]
+    lines = [line for line in lines if not line.startswith(("stages", "..."))]
+    assert len(lines) == 9
+    assert [line for line in lines if line not in shown] == []
