@@ -66,13 +66,17 @@ class ModelLab:
 
 
 @dataclass
-class ModelHF:
+class _HF:
     """A Hugging Face causal LM: a local folder or a hub repository."""
 
     kind: str = "hf"
     path: str = MISSING
     revision: str | None = None
     trust_remote_code: bool = MISSING
+
+
+@dataclass
+class ModelHF(_HF):
     lora: Lora = field(default_factory=Lora)
 
 
@@ -241,13 +245,8 @@ class TeacherLab:
 
 
 @dataclass
-class TeacherHF:
+class TeacherHF(_HF):
     """Solutions are sampled from another causal LM."""
-
-    kind: str = "hf"
-    path: str = MISSING
-    revision: str | None = None
-    trust_remote_code: bool = MISSING
 
 
 @dataclass
