@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ import torch
 from itermerge.policy import Policy
 
 torch.set_num_threads(1)
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and a test of Ctrl-C would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every machine, or a property found wanting by one draw in a thousand fails somebody else's build.
 # To look for new ones: HYPOTHESIS_PROFILE=explore pytest ...; what it finds becomes an @example.
