@@ -139,19 +139,18 @@ class Toy:
         return Verdict("correct" if completion == problem.answer else "wrong", completion)
 
 
-def test_greedy_scores_of_tasks_with_different_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_scores_of_tasks_with_different_stops() -> None:
     """The toy model answers `0` to everything, and does not finish prompts of task c."""
     calls: list[tuple[tuple[str, ...], int, Any]] = []
 
-    def complete(policy: Any, prompts: list[str], *, keys: Any, stop: tuple[str, ...], **_: Any) -> list[Completion]:
+    def complete(prompts: list[str], *, keys: Any, stop: tuple[str, ...], **_: Any) -> list[Completion]:
         calls.append((stop, len(prompts), keys))
         return [Completion("0", not p.startswith("c"), 1) for p in prompts]
 
-    monkeypatch.setattr(evaluation, "complete", complete)
     tasks = {"a": Toy("a"), "b": Toy("b", ("\n",)), "c": Toy("c"), "val/a": Toy("a")}
     sizes = {"a": 4, "b": 3, "c": 2, "val/a": 1}
     exams = [Exam(label, task, task.problems("test", sizes[label])) for label, task in tasks.items()]
-    got = greedy_scores(None, exams, on_progress=lambda _: None)  # type: ignore[arg-type]
+    got = greedy_scores(complete, exams, on_progress=lambda _: None)
     assert list(got) == ["a", "b", "c", "val/a"]
     # answers are 0, 1, 2, 0, ...
     assert {label: s["correct"] for label, s in got.items()} == {
@@ -178,16 +177,15 @@ def test_greedy_scores_of_tasks_with_different_stops(monkeypatch: pytest.MonkeyP
     assert sorted(calls, key=str) == sorted([((), 4 + 2 + 1, None), (("\n",), 3, None)], key=str)
 
 
-def test_samples_are_grouped_by_problem_under_keys_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_grouped_by_problem_under_keys_of_their_own() -> None:
     seen: dict[str, Any] = {}
 
-    def complete(policy: Any, prompts: list[str], *, keys: list[int], stop: Any, **how: Any) -> list[Completion]:
+    def complete(prompts: list[str], *, keys: list[int], stop: Any, **how: Any) -> list[Completion]:
         seen.update(keys=keys, how=how)
         return [Completion(f"{p}/{k}", True, 1) for p, k in zip(prompts, keys, strict=True)]
 
-    monkeypatch.setattr(evaluation, "complete", complete)
     problems = Toy("t").problems("train", 3)
-    got = evaluation.sample(None, Toy("t"), problems, 2, 7, temperature=0.5)  # type: ignore[arg-type]
+    got = evaluation.sample(complete, Toy("t"), problems, 2, 7, temperature=0.5)
     keys = [derive_seed(7, p.id, i) for p in problems for i in range(2)]
     assert [[c.text for c in cs] for cs in got] == [
         [f"t:{i}/{keys[2 * i]}", f"t:{i}/{keys[2 * i + 1]}"] for i in range(3)

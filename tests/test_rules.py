@@ -258,8 +258,8 @@ def test_the_line_search_takes_the_smallest_factor_within_the_tolerance(
     tried: list[float] = []
     real = stages.evaluation.greedy_scores
 
-    def scores(policy: Policy, exams: Any, **how: Any) -> Any:
-        made = real(policy, exams, **how)
+    def scores(decode: Any, exams: Any, **how: Any) -> Any:
+        made, (policy,) = real(decode, exams, **how), decode.args
         if all(e.label.startswith("val/") for e in exams):
             name = next(iter(BASE))
             full = (fits[-1][1][name] - BASE[name]).double()

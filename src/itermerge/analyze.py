@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .analysis import change
 from .analysis.importance import importance
 from .analysis.mismatch import mismatch
 from .config import Analyze, ConfigError, label
+from .decoding import complete
 from .policy import Policy
 from .sft import Example
 from .tasks import Problem, check_gold, derive_seed, verify_all
@@ -106,12 +108,12 @@ def _own_solutions(cfg: Analyze, policy: Policy) -> list[dict[str, str]]:
     dtype = getattr(torch, stages.sampling_dtype(sampler.dtype, policy.device.type))
     with (
         progress(f"sampling solutions of {task.name}", len(problems) * sampler.n) as tick,
-        stages.in_dtype(policy, dtype),
+        stages.in_dtype(policy, dtype) as copy_,
     ):
         made = evaluation.sample(
-            policy, task, problems, sampler.n, derive_seed(cfg.seed, "analyze"), temperature=sampler.temperature,
-            top_p=sampler.top_p, max_new_tokens=sampler.max_new_tokens, batch_size=sampler.batch_size,
-            on_progress=tick,
+            partial(complete, copy_), task, problems, sampler.n, derive_seed(cfg.seed, "analyze"),
+            temperature=sampler.temperature, top_p=sampler.top_p, max_new_tokens=sampler.max_new_tokens,
+            batch_size=sampler.batch_size, on_progress=tick,
         )  # fmt: skip
     flat = [(p, c) for p, completions in zip(problems, made, strict=True) for c in completions]
     verdicts = verify_all(task, [(p, c.text, c.finished) for p, c in flat])

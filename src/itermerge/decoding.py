@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from .policy import SHARED_FROM, Policy, keeps_every_key
 from .weights import PolicyError
 
+Decode = Callable[..., list["Completion"]]  # `complete` of some model: (prompts, *, keys, stop, ...)
 LEAVE_AT = 0.75  # the batch is packed anew when so few of its rows are still alive
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from . import evaluation, stages
 from .config import Evaluate, ModelLab, to_dict
+from .decoding import complete
 from .policy import Policy, check_folder
 from .tasks import TaskError
 from .tracking import console, progress
@@ -94,12 +96,14 @@ def _one(
         progress(f"{Path(name).name}: evaluating", exams.count + samples) as tick,
         stages.in_dtype(policy, dtype) as copy_,
     ):
-        scores = exams.scores(copy_, tick, **how)
+        decode = partial(complete, copy_)
+        scores = exams.scores(decode, tick, **how)
+        scores |= exams.harness_scores(copy_, tick, batch_size=cfg.sampler.batch_size)
         stages.write_json(folder / "scores.json", scores)
         figures = exams.figures(scores)
         if problems:
             rows = stages.held_out_rows(
-                copy_, exams.task, problems, cfg.sampler.n, stages.held_out_seed(cfg.suite.seed), on_progress=tick,
+                decode, exams.task, problems, cfg.sampler.n, stages.held_out_seed(cfg.suite.seed), on_progress=tick,
                 temperature=cfg.sampler.temperature, top_p=cfg.sampler.top_p, **how,
             )  # fmt: skip
             stages.write_lines(folder / "held_out.jsonl", rows)

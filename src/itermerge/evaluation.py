@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .decoding import Completion, complete
-from .policy import Policy
+from .decoding import Completion, Decode
 from .tasks import REASONS, Problem, Task, derive_seed, verify_all
 
 Z95 = 1.959963984540054
@@ -31,8 +30,8 @@ class Exam:
     problems: Sequence[Problem]
 
 
-def greedy_scores(policy: Policy, exams: Sequence[Exam], *, on_progress: Callable[[int], None], **how: Any) -> dict:
-    """{label: {n, correct: [0 or 1 an item], reasons: {reason: count}, majority}} with greedy decoding."""
+def greedy_scores(decode: Decode, exams: Sequence[Exam], *, on_progress: Callable[[int], None], **how: Any) -> dict:
+    """{label: {n, correct: [0 or 1 an item], reasons: {reason: count}, majority}} of greedy answers by `decode`."""
     # Tasks go together where they can: fuller batches. A task with few-shot examples goes alone, to compute them once.
     groups: dict[tuple[tuple[str, ...], str], list[tuple[Exam, Problem]]] = {}
     for exam in exams:
@@ -42,7 +41,7 @@ def greedy_scores(policy: Policy, exams: Sequence[Exam], *, on_progress: Callabl
     verdicts: dict[str, list[str]] = {exam.label: [] for exam in exams}
     for (stop, _), items in groups.items():
         prompts = [problem.asked for _, problem in items]
-        done = complete(policy, prompts, keys=None, stop=stop, on_progress=on_progress, **how)
+        done = decode(prompts, keys=None, stop=stop, on_progress=on_progress, **how)
         texts: dict[str, list[tuple[Problem, str, bool]]] = {}
         for (exam, problem), c in zip(items, done, strict=True):
             texts.setdefault(exam.label, []).append((problem, c.text, c.finished))
@@ -65,11 +64,11 @@ def sample_keys(problems: Sequence[Problem], n: int, *seed: object) -> list[int]
 
 
 def sample(
-    policy: Policy, task: Task, problems: Sequence[Problem], n: int, *seed: object, asked: bool = False, **how: Any
+    decode: Decode, task: Task, problems: Sequence[Problem], n: int, *seed: object, asked: bool = False, **how: Any
 ) -> list[list[Completion]]:
     """`n` sampled completions for each problem; of its prompt in evaluation where `asked`."""
     prompts = [p.asked if asked else p.prompt for p in problems for _ in range(n)]
-    flat = complete(policy, prompts, keys=sample_keys(problems, n, *seed), stop=task.stop, **how)
+    flat = decode(prompts, keys=sample_keys(problems, n, *seed), stop=task.stop, **how)
     return [flat[at : at + n] for at in range(0, len(flat), n)]
 
 

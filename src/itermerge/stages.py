@@ -51,6 +51,7 @@ from .config import (
     is_vanilla,
     label,
 )
+from .decoding import Decode, complete
 from .evaluation import Exam
 from .harness import HarnessExam, harness_scores
 from .policy import Policy, check_folder, eos_ids_of
@@ -276,13 +277,17 @@ class Exams:
             exam.check_lengths(policy)
 
     def scores(
-        self, policy: Policy, on_progress: Callable[[int], None], *, max_new_tokens: int, batch_size: int
+        self, decode: Decode, on_progress: Callable[[int], None], *, max_new_tokens: int, batch_size: int
     ) -> dict[str, Any]:
-        """What scores.json holds; answers of `max_new_tokens` where suite.max_new_tokens does not say otherwise."""
+        """What scores.json holds of our own tasks; answers of `max_new_tokens` where suite.max_new_tokens does not say
+        otherwise."""
         max_new_tokens = self.max_new_tokens or max_new_tokens
         how = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "on_progress": on_progress}
-        scores = evaluation.greedy_scores(policy, self.all, **how)
-        return scores | harness_scores(policy, self.harness, batch_size=batch_size, on_progress=on_progress)
+        return evaluation.greedy_scores(decode, self.all, **how)
+
+    def harness_scores(self, policy: Policy, on_progress: Callable[[int], None], *, batch_size: int) -> dict[str, Any]:
+        """What it holds of lm_eval's."""
+        return harness_scores(policy, self.harness, batch_size=batch_size, on_progress=on_progress)
 
     def figures(self, scores: Mapping[str, Any]) -> dict[str, float]:
         """The flat metrics of a scores.json; here, and only here, tasks get their roles."""
@@ -563,10 +568,10 @@ class Bench:
         def compute(folder: Path) -> Mapping[str, Any]:
             with (
                 progress(f"round {number}: sampling{' with hints' * hints}", len(problems) * n) as tick,
-                self._sampler(model) as policy,
+                self._decoder(model) as decode,
             ):
                 made = evaluation.sample(
-                    policy, self.task, problems, n, seed,
+                    decode, self.task, problems, n, seed,
                     temperature=cfg.sampler.temperature, top_p=cfg.sampler.top_p, on_progress=tick, **self._decode(),
                 )  # fmt: skip
             rows = [
@@ -722,8 +727,8 @@ class Bench:
         return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
 
     def _accuracy(self, policy: Policy, exam: Exam) -> float:
-        with in_dtype(policy, getattr(torch, self.dtype)) as copy_:
-            scores = evaluation.greedy_scores(copy_, [exam], on_progress=lambda _: None, **self._answer())
+        with self._decoding(policy) as decode:
+            scores = evaluation.greedy_scores(decode, [exam], on_progress=lambda _: None, **self._answer())
         return sum(scores[exam.label]["correct"]) / len(exam.problems)
 
     def merge(self, tuned: Model, now: Round) -> Merged:
@@ -775,8 +780,8 @@ class Bench:
                     for name in merge.names:
                         for begin, end, piece in merge.pieces(name):
                             own[name].view(-1)[begin:end].copy_(piece)
-                    with in_dtype(self.policy, getattr(torch, self.dtype)) as copy_:
-                        scores = evaluation.greedy_scores(copy_, exams, on_progress=tick, **self._answer())
+                    with self._decoding(self.policy) as decode:
+                        scores = evaluation.greedy_scores(decode, exams, on_progress=tick, **self._answer())
                     accuracy = {e.label: sum(scores[e.label]["correct"]) / len(e.problems) for e in exams}
                     own_task = accuracy.pop(f"val/{self.task.name}")
                     away = sum(accuracy.values()) / len(accuracy) if accuracy else None
@@ -801,8 +806,12 @@ class Bench:
         cfg = self.cfg
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            with progress(f"round {number}: evaluating", self.of.count) as tick, self._sampler(model) as policy:
-                scores = self.of.scores(policy, tick, **self._decode())
+            with progress(f"round {number}: evaluating", self.of.count) as tick:
+                with self._decoder(model) as decode:
+                    scores = self.of.scores(decode, tick, **self._decode())
+                if self.of.harness:
+                    with self._sampler(model) as policy:
+                        scores |= self.of.harness_scores(policy, tick, batch_size=cfg.sampler.batch_size)
             write_json(folder / "scores.json", scores)
             return {}
 
@@ -825,9 +834,9 @@ class Bench:
         def compute(folder: Path) -> Mapping[str, Any]:
             with (
                 progress(f"round {number}: pass@k", len(problems) * cfg.sampler.n) as tick,
-                self._sampler(model) as policy,
+                self._decoder(model) as decode,
             ):
-                rows = held_out_rows(policy, self.task, problems, cfg.sampler.n, seed, on_progress=tick, **how)
+                rows = held_out_rows(decode, self.task, problems, cfg.sampler.n, seed, on_progress=tick, **how)
             write_lines(folder / "held_out.jsonl", rows)
             return {}
 
@@ -862,9 +871,9 @@ class Bench:
                     out["kl/ood"] = tuple([x for part in column for x in part] for column in zip(*far, strict=True))
                 tick(1)
             if practised:
-                with self._sampler(model) as policy:
+                with self._decoder(model) as decode:
                     exam = Exam("train", self.task, practised)
-                    scores = evaluation.greedy_scores(policy, [exam], on_progress=lambda _: None, **self._answer())
+                    scores = evaluation.greedy_scores(decode, [exam], on_progress=lambda _: None, **self._answer())
                 out["train/acc"] = (scores["train"]["correct"], [1] * len(practised))
             write_json(folder / "probe.json", out)
             return {}
@@ -888,10 +897,10 @@ class Bench:
             found: list[list[dict[str, str]]] = []
             with (
                 progress("importance: solving OOD items", sum(len(ps) for _, ps in items)) as tick,
-                self._sampler(self.base) as policy,
+                self._decoder(self.base) as decode,
             ):
                 for task, problems in items:
-                    made = evaluation.sample(policy, task, problems, 1, seed, on_progress=tick, **how)
+                    made = evaluation.sample(decode, task, problems, 1, seed, on_progress=tick, **how)
                     verdicts = verify_all(
                         task, [(p, c.text, c.finished) for p, (c,) in zip(problems, made, strict=True)]
                     )
@@ -1086,7 +1095,20 @@ class Bench:
             self.loaded = model.digest
         return self.policy
 
+    @contextmanager
+    def _decoder(self, model: Model) -> Iterator[Decode]:
+        """What completes prompts with `model`."""
+        with self._sampler(model) as policy:
+            yield partial(complete, policy)
+
+    @contextmanager
+    def _decoding(self, policy: Policy) -> Iterator[Decode]:
+        """What completes prompts with the policy as it is."""
+        with in_dtype(policy, getattr(torch, self.dtype)) as copy_:
+            yield partial(complete, copy_)
+
     def _sampler(self, model: Model) -> Any:
+        """`model` as a policy in sampler.dtype."""
         if model is self.teacher:
             trust = isinstance(self.cfg.teacher, TeacherHF) and self.cfg.teacher.trust_remote_code
             other = Policy(model.folder, trust_remote_code=trust, device=self.device)
@@ -1279,10 +1301,10 @@ def held_out_seed(suite_seed: int) -> int:
 
 
 def held_out_rows(
-    policy: Policy, task: Task, problems: Sequence[Problem], n: int, seed: int, **how: Any
+    decode: Decode, task: Task, problems: Sequence[Problem], n: int, seed: int, **how: Any
 ) -> list[dict[str, Any]]:
     """What held_out.jsonl holds: `n` samples a problem, with verdicts."""
-    made = evaluation.sample(policy, task, problems, n, seed, asked=True, **how)
+    made = evaluation.sample(decode, task, problems, n, seed, asked=True, **how)
     flat = [(p, i, c) for p, cs in zip(problems, made, strict=True) for i, c in enumerate(cs)]
     verdicts = verify_all(task, [(p, c.text, c.finished) for p, _, c in flat])
     return [
