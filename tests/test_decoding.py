@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from itermerge import decoding
+from itermerge import attention, decoding
 from itermerge.decoding import Completion, complete, draw, uniforms
 from itermerge.policy import Policy
 from itermerge.tasks import derive_seed
@@ -75,7 +75,7 @@ def test_a_shared_head_is_computed_once_and_changes_nothing(tiny: Policy, monkey
         assert max(seen[1:]) <= 8 * max(map(len, PROMPTS))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "mistral", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "mistral", "qwen3", "gemma2", "gemma3_text", "cohere"])
 def test_other_architectures_decode_as_by_hand(kind: str, tiny: Policy) -> None:
     """Learned and rotary positions, sliding windows shorter than the text: with a shared head, padding, early ends."""
     small = {
@@ -84,7 +84,7 @@ def test_other_architectures_decode_as_by_hand(kind: str, tiny: Policy) -> None:
         "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
         "tie_word_embeddings": False,
     }  # fmt: skip
-    if kind in ("mistral", "gemma3_text"):
+    if kind in ("mistral", "gemma2", "gemma3_text"):
         small["sliding_window"] = 6
     torch.manual_seed(0)
     tiny.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small)).eval()
@@ -109,6 +109,7 @@ def test_the_samples_of_a_problem_share_its_prompt(tiny: Policy, monkeypatch: py
     prompts, keys = [p for p in PROMPTS for _ in range(3)], list(range(3 * len(PROMPTS)))
     alone = [complete(tiny, [p], keys=[k], batch_size=1, **HOW)[0] for p, k in zip(prompts, keys, strict=True)]
     monkeypatch.setattr(tiny.model, "forward", count)
+    monkeypatch.setattr(decoding, "LEAVE_AT", 0)
     assert complete(tiny, prompts, keys=keys, batch_size=100, **HOW) == alone
     assert sizes[:2] == [len(PROMPTS), 3 * len(PROMPTS)]
 
@@ -248,3 +249,90 @@ def test_a_prompt_that_does_not_fit_is_refused(tiny: Policy) -> None:
     # 10 characters + 247 new tokens = 257 positions, the model has 256
     with pytest.raises(PolicyError, match=r"need 257 positions, the model has 256; lower sampler\.max_new_tokens"):
         complete(tiny, ["add 34+18?"], keys=None, batch_size=1, max_new_tokens=247)
+
+
+def _of(kind: str, tiny: Policy, **more: Any) -> Policy:
+    small = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "vocab_size": len(tiny.tokenizer),
+        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, **more,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    tiny.model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small)).eval()
+    return enliven(tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox", "cohere"])
+def test_the_head_is_split_off_where_that_gives_the_models_own_logits(
+    kind: str, dtype: torch.dtype, tiny: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every logit of a whole decoding, against a forward pass over the whole text; and no cache holds the head."""
+    policy, seen, asked = _of(kind, tiny), [], []
+    policy.model.to(dtype)
+    real, update = decoding.draw, decoding._Room.update
+
+    def spy(scores: torch.Tensor, keys: Any, position: int, *how: Any) -> torch.Tensor:
+        seen.append((scores, real(scores, keys, position, *how)))
+        return seen[-1][1]
+
+    def count(self: Any, *states: torch.Tensor) -> Any:
+        asked.append(self.capacity)
+        return update(self, *states)
+
+    monkeypatch.setattr(decoding, "draw", spy)
+    monkeypatch.setattr(decoding._Room, "update", count)
+    prompts = [HEAD + p for p in sorted(PROMPTS[:3], key=len)]  # as they go into the batch
+    made = complete(policy, prompts, keys=[1, 2, 3], batch_size=16, max_new_tokens=6)
+    assert decoding._SPLIT[(type(policy.model), dtype, True, policy.model.config.to_json_string())]
+    assert max(asked) == max(map(len, PROMPTS[:3])) + 6  # a token a character
+    tolerance, checked = 2e-5 if dtype == torch.float32 else 0.06, 0
+    texts = [policy.encode_prompt(p) for p in prompts]
+    for scores, chosen in seen:
+        if len(scores) < len(texts):
+            break  # a row has left, and others have changed places
+        for at, text in enumerate(texts):
+            with torch.inference_mode():
+                own = policy.model(torch.tensor([text])).logits[0, -1]
+            assert float((scores[at] - own).abs().max()) <= tolerance * float(own.abs().max())
+            text.append(int(chosen[at]))
+            checked += 1
+    assert checked > len(texts)
+    assert all(c.tokens for c in made)
+
+
+def test_a_model_with_more_in_its_attention_keeps_its_own(tiny: Policy) -> None:
+    policy = _of("gemma2", tiny, attn_logit_softcapping=2.0, sliding_window=512, layer_types=["full_attention"] * 2)
+    policy.model.config._attn_implementation = "sdpa"  # which drops the cap; ours refuses it
+    with pytest.raises(attention.Unsupported, match="softcap"), attention.decoding(policy.model, {}):
+        policy.model(torch.tensor([policy.encode_prompt(HEAD)]))
+    policy.model.config._attn_implementation = "eager"
+    alone = [_greedy_by_hand(policy, HEAD + p, 8) for p in PROMPTS]
+    assert complete(policy, [HEAD + p for p in PROMPTS], keys=None, batch_size=8, max_new_tokens=8) == alone
+
+
+def test_attention_that_gives_other_logits_is_not_used(tiny: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = _of("llama", tiny, rope_theta=123.0)
+    alone = [_greedy_by_hand(policy, HEAD + p, 8) for p in PROMPTS]
+    real = attention._flash
+
+    def wrong(query: torch.Tensor, *rest: Any) -> Any:
+        out, weight = real(query, *rest)
+        return out, weight + 1
+
+    monkeypatch.setattr(attention, "_flash", wrong)
+    assert complete(policy, [HEAD + p for p in PROMPTS], keys=None, batch_size=8, max_new_tokens=8) == alone
+    assert decoding._SPLIT[(type(policy.model), torch.float32, True, policy.model.config.to_json_string())] is False
+    assert policy.model.config._attn_implementation == "sdpa"
+
+
+def test_rows_from_the_end_fill_the_holes() -> None:
+    room = decoding._Room(4)
+    states = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 3, 2).contiguous()
+    room.update(states, -states)
+    room.pack(3, torch.tensor([1]), torch.tensor([4]))
+    assert room.keys[:, 0, 0, 0].tolist() == [0, 4, 2]
+    assert room.values[:, 0, 2, 1].tolist() == [0, -4, -2]
+    assert room.keys.shape == (3, 1, 3, 2)
+    room.update(states[:3, :, :1], states[:3, :, :1])
+    assert room.keys[1, 0, :, 0].tolist() == [4, 4, 4, 1]

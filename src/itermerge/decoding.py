@@ -3,14 +3,17 @@
 The random number behind a token is a hash of (key, position), a key for each sample: a completion does not depend on
 what else is in its batch, nor on the device. The loop is our own and not transformers' `generate`, whose fixed batches
 waste most of their work here: what all prompts of a call begin with is computed once, rows of equal length go
-together, the cache has room for the whole completion from the start, and rows that have ended leave the batch.
+together, the cache has room for the whole completion from the start, and rows that have ended leave the batch. On a
+CPU it attends in a way of its own too (`attention`), where that is found to give the model's own logits.
 `benchmarks/sampling.py` times both; greedy output is `generate`'s, token for token (tests).
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +23,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from . import attention
 from .policy import SHARED_FROM, Policy, keeps_every_key
 from .weights import PolicyError
 
 Decode = Callable[..., list["Completion"]]  # `complete` of some model: (prompts, *, keys, stop, ...)
-LEAVE_AT = 0.75  # the batch is packed anew when so few of its rows are still alive
+_SPLIT: dict[tuple[object, ...], bool] = {}  # kinds of models, and whether `attention` gives their logits
+LEAVE_AT = 0.9  # the batch is packed anew when so few of its rows are still alive
 
 
 @dataclass(frozen=True)
@@ -96,12 +101,12 @@ def complete(
     policy.model.eval()
     with torch.inference_mode():
         batches = _Batches(policy, _Stopper(policy, stop), max_new_tokens, temperature, top_p)
-        shared = batches.share(ids)
-        for rows in _together([len(i) for i in ids], batch_size):
-            picked = None if keys is None else np.array([keys[r] for r in rows], dtype=np.uint64)
-            for r, completion in zip(rows, batches.run([ids[r][shared:] for r in rows], picked), strict=True):
-                out[r] = completion
-            on_progress(len(rows))
+        with batches.begun(ids) as shared:
+            for rows in _together([len(i) for i in ids], batch_size):
+                picked = None if keys is None else np.array([keys[r] for r in rows], dtype=np.uint64)
+                for r, completion in zip(rows, batches.run([ids[r][shared:] for r in rows], picked), strict=True):
+                    out[r] = completion
+                on_progress(len(rows))
     return out
 
 
@@ -171,12 +176,22 @@ class _Room(DynamicLayer):
         for room, states in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, self.length : end] = states
         self.length = end
-        self.keys, self.values = (room[:, :, :end] for room in self.room)
-        return self.keys, self.values
+        return self._show()
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.keys, self.values = [room[:, :, : self.length] for room in self.room]
+        return keys, values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.room = [room[indices] for room in self.room]
-        self.keys, self.values = (room[:, :, : self.length] for room in self.room)
+        self._show()
+
+    def pack(self, rows: int, holes: Tensor, movers: Tensor) -> None:
+        """The first `rows` rows alone, those of `movers` put into `holes` among them."""
+        for room in self.room:
+            room[holes, :, : self.length] = room[movers, :, : self.length]
+        self.room = [room[:rows] for room in self.room]
+        self._show()
 
 
 class _Batches:
@@ -189,51 +204,112 @@ class _Batches:
         self.takes_positions = "position_ids" in known
         self.extra = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.prefix: DynamicCache | None = None
-        self.shared = 0
+        self.shared, self.split = 0, False
 
-    def share(self, ids: Sequence[list[int]]) -> int:
-        """The number of tokens at the head of all prompts that are computed once; 0 where that does not pay, or where
-        a layer keeps something else than every key and value (padding would stand between the head and the rest)."""
+    @contextmanager
+    def begun(self, ids: Sequence[list[int]]) -> Iterator[int]:
+        """The number of tokens at the head of all prompts, which are computed here, once."""
+        self.prefix, self.shared = self._share(ids)
+        if not self._splits(ids):
+            yield self.shared
+            return
+        with self._split():
+            yield self.shared
+
+    def _share(self, ids: Sequence[list[int]]) -> tuple[DynamicCache | None, int]:
+        """None and 0 where that does not pay, or where a layer keeps something else than every key and value (padding
+        would stand between the head and the rest)."""
         if len(ids) < 2 or not keeps_every_key(self.model):
-            return 0
+            return None, 0
         first, last = min(ids), max(ids)  # in lexicographic order: what these two share, all share
         most = min(len(i) for i in ids) - 1  # each row has a token of its own, whose logits are needed
         length = next((i for i in range(most) if first[i] != last[i]), most)
         if length < SHARED_FROM:
-            return 0
-        self.prefix, self.shared = DynamicCache(config=self.model.config), length
+            return None, 0
+        prefix = DynamicCache(config=self.model.config)
         tokens = torch.tensor([list(first[:length])], device=self.policy.device)
-        self.model(input_ids=tokens, past_key_values=self.prefix, use_cache=True, **self.extra)
-        if self.prefix.get_seq_length() != length:  # a model that keeps its past elsewhere
-            self.prefix, self.shared = None, 0
-        return self.shared
+        self.model(input_ids=tokens, past_key_values=prefix, use_cache=True, **self.extra)
+        if prefix.get_seq_length() != length:  # a model that keeps its past elsewhere
+            return None, 0
+        return prefix, length
 
-    def run(self, ids: Sequence[Sequence[int]], keys: np.ndarray | None) -> list[Completion]:
-        """Completions of one batch; `ids` without what `share` took off."""
+    def _splits(self, ids: Sequence[list[int]]) -> bool:
+        """Whether `attention` gives this model's logits: tried once a kind of model, on the shortest and the longest
+        prompt, all but their last tokens in one batch and then those, against each prompt by itself."""
+        if not (ids and self.takes_positions and keeps_every_key(self.model) and attention.possible(self.model)):
+            return False
+        dtype = next(self.model.parameters()).dtype
+        kind = (type(self.model), dtype, bool(self.shared), self.model.config.to_json_string())
+        if kind not in _SPLIT:
+            tried = [t for t in (min(ids, key=len), max(ids, key=len)) if len(t) > self.shared + 1]
+            if not tried:
+                return False
+            alone = [self.model(input_ids=torch.tensor([t]), **self.extra).logits[:, -1] for t in tried]
+            try:
+                with self._split():
+                    tokens, positions, mask = self._padded([t[self.shared : -1] for t in tried], 1)
+                    cache, end = self._cache(len(tried), tokens.shape[1] + 1), self.shared + tokens.shape[1]
+                    self._forward(tokens, positions, mask, self.shared, end, cache)
+                    last = torch.tensor([t[-1:] for t in tried])
+                    made = self._forward(last, positions, mask, end, end + 1, cache)
+                worst = float((made - torch.cat(alone)).abs().max() / torch.cat(alone).std())
+            except attention.Unsupported:
+                worst = math.inf
+            _SPLIT[kind] = worst < (1e-3 if dtype == torch.float32 else 0.1)
+        return _SPLIT[kind]
+
+    @contextmanager
+    def _split(self) -> Iterator[None]:
+        """While it lasts, what all prompts begin with is not in the caches."""
+        layers: list[Any] = [] if self.prefix is None else self.prefix.layers
+        with attention.decoding(self.model, {i: (x.keys[0], x.values[0]) for i, x in enumerate(layers)}):
+            self.split = True
+            try:
+                yield
+            finally:
+                self.split = False
+
+    def _padded(self, ids: Sequence[Sequence[int]], new: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Tokens (rows, width), padded on the left; positions and mask (rows, shared + width + new), or no mask where
+        nothing is padded."""
         rows, width, device = len(ids), max(map(len, ids)), self.policy.device
         tokens = torch.full((rows, width), self.policy.pad_id)
-        mask = torch.ones((rows, self.shared + width + self.max_new), dtype=torch.long)
+        mask = torch.ones((rows, self.shared + width + new), dtype=torch.long)
         for at, row in enumerate(ids):
             tokens[at, width - len(row) :] = torch.tensor(row)
             mask[at, self.shared : self.shared + width - len(row)] = 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
-        tokens, mask = tokens.to(device), mask.to(device) if len({len(i) for i in ids}) > 1 else None
+        return tokens.to(device), positions, mask.to(device) if len({len(i) for i in ids}) > 1 else None
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, begin: int, end: int, cache: DynamicCache
+    ) -> Tensor:
+        """Logits (rows, vocabulary) after the tokens, which stand from `begin` to `end`."""
+        where = {"position_ids": positions[:, begin:end]} if self.takes_positions else {}
+        if mask is not None:
+            mask = mask[:, self.shared if self.split else 0 : end]
+        how = {"past_key_values": cache, "use_cache": True, **where, **self.extra}
+        return self.model(input_ids=tokens, attention_mask=mask, **how).logits[:, -1]
+
+    def run(self, ids: Sequence[Sequence[int]], keys: np.ndarray | None) -> list[Completion]:
+        """Completions of one batch; `ids` without what `share` took off."""
+        rows, device = len(ids), self.policy.device
+        tokens, positions, mask = self._padded(ids, self.max_new)
+        width = tokens.shape[1]
         places: dict[tuple[int, ...], int] = {}
         twins = [places.setdefault(tuple(row), len(places)) for row in ids]  # samples of one problem share its prompt
         firsts = [twins.index(i) for i in range(len(places))]
-        cache = self._cache(len(firsts), self.shared + width + self.max_new)
+        cache = self._cache(len(firsts), width + self.max_new)
         made: list[list[int]] = [[] for _ in ids]
         entropy, spread = [0.0] * rows, [0.0] * rows
         alive = list(range(rows))  # the batch's rows that the tensors hold
         ended: set[int] = set()
         begin, end = self.shared, self.shared + width
         for step in range(self.max_new):
-            rows_now = firsts if step == 0 else slice(None)
-            where = {"position_ids": positions[rows_now, begin:end]} if self.takes_positions else {}
-            scores = self.model(
-                input_ids=tokens[rows_now], attention_mask=None if mask is None else mask[rows_now, :end],
-                past_key_values=cache, use_cache=True, **where, **self.extra,
-            ).logits[:, -1]  # fmt: skip
+            now = firsts if step == 0 else slice(None)
+            scores = self._forward(
+                tokens[now], positions[now], None if mask is None else mask[now], begin, end, cache
+            )  # fmt: skip
             if step == 0 and len(firsts) < rows:
                 scores = scores[twins]
                 cache.batch_select_indices(torch.tensor(twins, device=device))
@@ -253,21 +329,40 @@ class _Batches:
             if not stay:
                 break
             if len(stay) <= LEAVE_AT * len(alive):
-                pick = torch.tensor(stay, device=device)
-                cache.batch_select_indices(pick)
+                order = self._pack(cache, stay)
+                pick = torch.tensor(order, device=device)
                 tokens, positions = tokens[pick], positions[pick]
                 mask = None if mask is None else mask[pick]
-                keys = None if keys is None else keys[stay]
-                alive = [alive[at] for at in stay]
+                keys = None if keys is None else keys[order]
+                alive = [alive[at] for at in order]
         return [self.stopper.read(row, e) for row, e in zip(made, entropy, strict=True)]
 
+    def _pack(self, cache: DynamicCache, stay: Sequence[int]) -> list[int]:
+        """Leaves the rows `stay` (ascending) in the cache; their new order: rows from the end fill the holes, so that
+        little is copied."""
+        n, order = len(stay), list(range(len(stay)))
+        holes, movers = sorted({*order}.difference(stay)), [at for at in stay if at >= n]
+        for hole, mover in zip(holes, movers, strict=True):
+            order[hole] = mover
+        device = self.policy.device
+        into, out_of, chosen = (torch.tensor(x, device=device, dtype=torch.long) for x in (holes, movers, order))
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            if isinstance(layer, _Room):
+                layer.pack(n, into, out_of)
+            else:
+                layer.batch_select_indices(chosen)
+        return order
+
     def _cache(self, rows: int, capacity: int) -> DynamicCache:
+        """Room for `capacity` tokens a row, behind what all begin with, which it holds where that is not split off."""
         cache = DynamicCache(config=self.model.config)
+        prefix = None if self.split else self.prefix
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
-                cache.layers[i] = room = _Room(capacity)
-                if self.prefix is not None:
-                    had = self.prefix.layers[i]
+                cache.layers[i] = room = _Room(capacity + (self.shared if prefix else 0))
+                if prefix is not None:
+                    had = prefix.layers[i]
                     assert isinstance(had, DynamicLayer)
                     had_states: Any = (had.keys, had.values)
                     room.update(*(x.expand(rows, -1, -1, -1) for x in had_states))

@@ -77,7 +77,15 @@ from .weights import (
 T = TypeVar("T")
 Ratio = float | Mapping[str, float]
 log = logging.getLogger(__name__)
-SAMPLING = ("policy.py", "weights.py", "decoding.py", "evaluation.py", "tasks/__init__.py", "tasks/prompts.py")
+SAMPLING = (
+    "policy.py",
+    "weights.py",
+    "decoding.py",
+    "attention.py",
+    "evaluation.py",
+    "tasks/__init__.py",
+    "tasks/prompts.py",
+)
 PROBING = ("stages.py", "sft.py", "analysis/diversity.py")
 IMPORTANCE = (
     "stages.py", "policy.py", "weights.py", "sft.py", "analysis/importance.py", "analysis/change.py",
