@@ -278,7 +278,7 @@ def test_a_missing_launcher_is_said_with_its_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cli, "_installed", lambda module: False)
-    for word, extra in (("hydra/launcher=ray", "ray"), ("launch=slurm", "submitit"), ("launch=gpus", "joblib")):
+    for word, extra in (("hydra/launcher=ray", "ray"), ("launch=slurm", "submitit")):
         monkeypatch.setattr(sys, "argv", ["itermerge", "-m", word])
         with pytest.raises(SystemExit):
             cli.main()

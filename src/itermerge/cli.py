@@ -47,12 +47,11 @@ from .store import StoreError, is_disk_full, lock_file
 
 # What `pip install itermerge[...]` brings each of Hydra's launchers, and the module that shows that it is there.
 LAUNCHERS = {
-    "joblib": ("joblib", "hydra_plugins.hydra_joblib_launcher"),
     "submitit_local": ("submitit", "hydra_plugins.hydra_submitit_launcher"),
     "submitit_slurm": ("submitit", "hydra_plugins.hydra_submitit_launcher"),
     "ray": ("ray", "hydra_plugins.hydra_ray_launcher"),
 }
-LAUNCHERS |= {"gpus": LAUNCHERS["joblib"], "slurm": LAUNCHERS["submitit_slurm"]}  # launch=...
+LAUNCHERS |= {"slurm": LAUNCHERS["submitit_slurm"]}  # launch=...
 LOCK = ".lock"  # held while a process runs in a run folder
 log = logging.getLogger("itermerge")
 OmegaConf.register_new_resolver("gpu_count", lambda wanted: len(sweep.found_gpus(wanted)) or 1, replace=True)
