@@ -1,14 +1,16 @@
 """Sampling: our decoding against transformers' `generate`, on the prompts and stop lengths of the shipped presets.
 
-    python benchmarks/sampling.py [--model lab|smollm2] [--trials 3] [--threads 1]
+    python benchmarks/sampling.py [--model lab|smollm2] [--dtype float32|bfloat16] [--trials 3] [--threads 1] [--json]
 
-Both in one process, interleaved; `generate` at its best batch size of those tried. Greedy, so that both do the same
-work: outputs are compared. Prints tokens a second and their ratio.
+Both in one process, interleaved; `generate` at its best batch size of those tried, its prompts sorted by length.
+Greedy, so that both do the same work: outputs are compared. Prints tokens a second and their ratio; with --json also as
+the last line.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -55,7 +57,7 @@ def workload(name: str) -> tuple[Policy, list[str], tuple[str, ...], int, list[i
         from itermerge.tasks.lab import LabTask
 
         task: Any = LabTask("chain")
-        folder, new, sizes, own, n, repeat = LAB_SEED0, 48, [64, 256, 512], 256, 300, 8
+        folder, new, sizes, own, n, repeat = LAB_SEED0, 48, [64, 256, 512], 512, 300, 8
     else:
         from itermerge.tasks.gym import GymTask
 
@@ -71,9 +73,12 @@ def main() -> None:
     parser.add_argument("--model", choices=("lab", "smollm2"), default="lab")
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     policy, prompts, stop, new, sizes, own = workload(args.model)
+    policy.model.to(getattr(torch, args.dtype))
     times: dict[str, list[float]] = {}
     same = 1.0
     for trial in range(args.trials + 1):  # the first warms up
@@ -92,7 +97,12 @@ def main() -> None:
     for name, seconds in medians.items():
         print(f"{args.model}: {name:22s} {tokens / seconds:9.0f} tokens/s")
     best = min(seconds for name, seconds in medians.items() if name != "ours")
-    print(f"{args.model}: ratio to generate at its best {best / medians['ours']:.2f}, same texts {100 * same:.1f}%")
+    ratio = round(best / medians["ours"], 2)
+    print(f"{args.model}: ratio to generate at its best {ratio:.2f}, same texts {100 * same:.1f}%")
+    if args.json:
+        rows = [{"what": name, "tokens/s": round(tokens / seconds)} for name, seconds in medians.items()]
+        name = f"sampling, {args.model}, {args.dtype}"
+        print(json.dumps({"name": name, "rows": rows, "ratio": ratio, "same_texts": round(same, 3)}))
 
 
 if __name__ == "__main__":
