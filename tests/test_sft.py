@@ -21,6 +21,7 @@ from itermerge.sft import (
     FitSpec,
     LanguageModel,
     SftError,
+    batch_of,
     collate,
     completion_loss,
     fit,
@@ -70,7 +71,7 @@ def test_loss_is_the_mean_cross_entropy_of_completion_tokens_alone(tiny: Policy)
             losses.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[ids[at]])
     assert len(losses) == 2 + 4
     module = LanguageModel(tiny.model, SPEC, steps=1)
-    got = module.training_step(collate(examples, pad_id=1), 0)
+    got = module.training_step(batch_of(examples, pad_id=1), 0)
     assert float(got.detach()) == pytest.approx(float(np.mean(losses)), rel=1e-5)
     assert abs(np.mean(losses) - np.log(53)) > 0.1
 
@@ -190,7 +191,7 @@ def test_a_fit_learns_and_gives_the_mean_loss_of_each_epoch(tiny: Policy, tmp_pa
 
 def test_every_example_is_seen_once_an_epoch_in_another_order(tiny: Policy, tmp_path: Path) -> None:
     rows: list[list[int]] = []
-    look = _OnBatch(lambda _, __, batch, ___: rows.extend(batch["input_ids"].tolist()))
+    look = _OnBatch(lambda _, __, batch, ___: rows.extend(r for p in batch["pieces"] for r in p["input_ids"].tolist()))
     fit(tiny, EXAMPLES, SPEC, seed=1, callbacks=[look], scratch=tmp_path)
     trimmed = [tuple(r[: max(i for i, t in enumerate(r) if t == 1) + 1]) for r in rows]  # up to eos
     expected = sorted((*e.prompt, *e.completion) for e in EXAMPLES)

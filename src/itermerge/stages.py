@@ -84,7 +84,9 @@ IMPORTANCE = (
     "analysis/mismatch.py", "tasks/prompts.py",
 )  # fmt: skip
 MERGING = ("weights.py", "merging/law.py")
-FITTING = (*MERGING, "merging/callback.py", "policy.py", "sft.py", "tasks/__init__.py", "tasks/prompts.py")
+FITTING = (
+    *MERGING, "merging/callback.py", "policy.py", "sft.py", "packing.py", "tasks/__init__.py", "tasks/prompts.py",
+)  # fmt: skip
 LAB = Path(__file__).parent / "lab"  # the base models in the package, seed0 and on
 LAB_SEED0 = LAB / "seed0"
 NOT_THE_MODEL = (MANIFEST, DROPPED, KEPT, "timing.json")  # beside a model's files in its artifact
