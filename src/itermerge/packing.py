@@ -1,8 +1,9 @@
-"""A batch as one long row: no padding to speak of, one pass of the linear layers, and no example sees another.
+"""What a fit computes without waste: a batch as one long row, and a loss whose logits are never all in memory.
 
-Examples come in pieces, each padded on the right to its own width (`sft.cut`). Pieces lie one after another in the row,
-with positions of their own; attention is computed piece by piece, causal, so that nothing sees the padding behind it;
-and what all examples begin with stands there once. `can_pack` tries on some tokens whether a model takes it so.
+A row is one pass of the linear layers over a batch with hardly any padding, and no example in it sees another. Examples
+come in pieces, each padded on the right to its own width (`sft.cut`). Pieces lie one after another in the row, with
+positions of their own; attention is computed piece by piece, causal, so that nothing sees the padding behind it; and
+what all examples begin with stands there once. `can_pack` tries on some tokens whether a model takes it so.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .policy import SHARED_FROM, keeps_every_key
 
 IGNORED = -100
 PACKED = "itermerge_packed"
+LOGITS = 1 << 24  # as many lie in memory at once: 64 MiB in float32
 CLOSE = 1e-4  # of the largest logit: what rounding may change
 
 log = logging.getLogger(__name__)
@@ -50,8 +52,8 @@ def attend(
     how["is_causal"] = True
     at, out = layout.shared, []
     if at:
-        first = (x[:, :, :at] for x in (query, key, value))
-        out.append(sdpa_attention_forward(module, *first, None, **how)[0][0])
+        q, k, v = (x[:, :, :at] for x in (query, key, value))
+        out.append(sdpa_attention_forward(module, q, k, v, None, **how)[0][0])
     for (rows, width), mask in zip(layout.shapes, layout.masks, strict=True):
         q, k, v = (
             x[0, :, at : at + rows * width].unflatten(1, (rows, width)).transpose(0, 1) for x in (query, key, value)
@@ -147,3 +149,60 @@ def can_pack(model: Any, pieces: Sequence[Piece]) -> bool:
     finally:
         model.train(was_training)
     return True
+
+
+# --- the loss of a large vocabulary --------------------------------------------------------------------------------
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of the cross-entropy (nats, float32) of `hidden @ weight.T` over targets, and its gradient, `LOGITS` logits
+    at a time.
+
+    torch's own linear_cross_entropy gives the loss in the dtype of its inputs: under bfloat16 three digits of it, under
+    float16 infinity for some thousand tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        with torch.autocast(kind, enabled=False):
+            h, w, total = hidden.to(dtype), weight.to(dtype), hidden.new_zeros((), dtype=torch.float32)
+            of_h, of_w = torch.empty_like(h), torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+            rows = max(1, LOGITS // len(weight))
+            for at in range(0, len(h), rows):
+                some, wanted = h[at : at + rows], targets[at : at + rows, None]
+                scores = (some @ w.T).float()
+                spread = scores.logsumexp(1, keepdim=True)
+                total += (spread - scores.gather(1, wanted)).sum()
+                errors = scores.sub_(spread).exp_().scatter_add_(1, wanted, -torch.ones_like(spread)).to(dtype)
+                of_h[at : at + rows] = errors @ w
+                if of_w is not None:
+                    of_w += errors.T @ some
+        ctx.save_for_backward(of_h.to(hidden.dtype), of_w)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        of_h, of_w = ctx.saved_tensors
+        return of_h * grads[0], None if of_w is None else of_w.mul_(grads[0]), None
+
+
+def plain_head(model: Any, piece: Piece) -> torch.nn.Linear | None:
+    """The output layer, where the model's logits are its product with the last hidden states and nothing else: no
+    bias, no scale, no cap, no adapter; tried on `piece`."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return None
+    was_training, inputs = model.training, {"input_ids": piece["input_ids"][:1], "use_cache": False}
+    try:
+        with torch.no_grad():
+            expected = model.eval()(**inputs).logits
+            got = head(model.base_model(**inputs).last_hidden_state)
+            same = got.shape == expected.shape and bool((got - expected).abs().max() <= CLOSE * expected.abs().max())
+    except Exception as error:  # as in `can_pack`
+        log.info("%s: its logits are made all at once: %s", type(model).__name__, error)
+        return None
+    finally:
+        model.train(was_training)
+    return head if same else None

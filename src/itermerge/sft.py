@@ -13,7 +13,7 @@ import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import DynamicCache
 
-from .packing import IGNORED, Piece, can_pack, common, pack, packing
+from .packing import IGNORED, LOGITS, ChunkedLoss, Piece, can_pack, common, pack, packing, plain_head
 from .policy import SHARED_FROM, Policy, keeps_every_key
 from .tasks import derive_seed
 from .weights import Weights
 
-PIECE, CALL = 4, 64  # tokens that one more piece costs: in one row, and in a call of the model of its own
+PIECE = 64  # tokens that cost as much as one more piece does
 
 
 class SftError(RuntimeError):
@@ -66,6 +66,7 @@ class FitSpec:
     accumulate_grad_batches: int
     gradient_clip_val: float
     deterministic: bool
+    gradient_checkpointing: bool = False  # activations of a block are computed again when they are needed
     lora: LoraSpec | None = None  # train adapters, folded into the weights at the end
     l2_to_base: float = 0.0  # times half the squared distance of the weights from the base
     kl_to_base: float = 0.0  # times KL(tuned || base), nats a completion token
@@ -119,22 +120,22 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def batch_of(examples: Sequence[Example], pad_id: int, extra: int = CALL) -> dict[str, Any]:
+def batch_of(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
     """`pieces` of like length, each as `collate` makes it, and `tokens`: the predicted ones of all of them, by which
     the sum of their losses is divided."""
-    pieces = [collate(rows, pad_id) for rows in cut(examples, extra)]
+    pieces = [collate(rows, pad_id) for rows in cut(examples)]
     return {"pieces": pieces, "tokens": sum(int((p["labels"][:, 1:] != IGNORED).sum()) for p in pieces)}
 
 
-def cut(examples: Sequence[Example], extra: int) -> list[list[Example]]:
-    """The examples in pieces, shortest first, such that their tokens with padding, and `extra` for each piece, are
+def cut(examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples in pieces, shortest first, such that their tokens with padding, and PIECE for each piece, are
     fewest."""
     rows = sorted(examples, key=len)
     best = {0: (0, 0)}  # {end: (cost up to there, where the last piece begins)}
     for end in range(1, len(rows) + 1):
         if end == len(rows) or len(rows[end - 1]) < len(rows[end]):
             width = len(rows[end - 1])
-            best[end] = min((cost + (end - at) * width + extra, at) for at, (cost, _) in best.items())
+            best[end] = min((cost + (end - at) * width + PIECE, at) for at, (cost, _) in best.items())
     pieces, end = [], len(rows)
     while end:
         begin = best[end][1]
@@ -146,9 +147,12 @@ def cut(examples: Sequence[Example], extra: int) -> list[list[Example]]:
 class LanguageModel(pl.LightningModule):
     """The LM for fine-tuning: mean cross-entropy a completion token (nats), AdamW, warm-up and schedule by step."""
 
-    def __init__(self, model: Any, spec: FitSpec, steps: int, base: Any = None, packed: bool = False) -> None:
+    def __init__(
+        self, model: Any, spec: FitSpec, steps: int, base: Any = None, packed: bool = False, chunked: bool = False
+    ) -> None:
+        """`packed` where `can_pack` says so, `chunked` where there is a `plain_head`."""
         super().__init__()
-        self.model, self.spec, self.steps, self.packed = model, spec, steps, packed
+        self.model, self.spec, self.steps, self.packed, self.chunked = model, spec, steps, packed, chunked
         self.base = (base,)  # in a tuple: no part of this module, which is moved, trained and counted
         self.losses: list[float] = []
         self.kl: list[float] = []
@@ -158,14 +162,20 @@ class LanguageModel(pl.LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """The mean loss of a batch as `batch_of` makes it."""
-        tokens, base = batch["tokens"], self.base[0]
+        pieces, tokens, base = batch["pieces"], batch["tokens"], self.base[0]
         loss, kl = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        with torch.no_grad():
-            before = [logits for logits, _ in predictions(base, batch["pieces"], self.packed)] if base else []
-        for i, (logits, targets) in enumerate(predictions(self.model, batch["pieces"], self.packed)):
-            loss = loss + token_loss(logits, targets, "sum") / tokens
-            if base:
-                kl = kl + token_divergence(logits, before[i], targets, "sum") / tokens
+        head = self.model.get_output_embeddings()
+        if self.chunked and base is None and tokens * len(head.weight) > LOGITS:
+            for hidden, targets in predictions(self.model, pieces, self.packed, hidden=True):
+                here = targets != IGNORED
+                loss = loss + ChunkedLoss.apply(hidden[here], head.weight, targets[here]) / tokens
+        else:
+            with torch.no_grad():
+                before = [logits for logits, _ in predictions(base, pieces, self.packed)] if base else []
+            for i, (logits, targets) in enumerate(predictions(self.model, pieces, self.packed)):
+                loss = loss + token_loss(logits, targets, "sum") / tokens
+                if base:
+                    kl = kl + token_divergence(logits, before[i], targets, "sum") / tokens
         value = float(loss.detach())
         if not math.isfinite(value):
             raise SftError(
@@ -223,19 +233,25 @@ def token_divergence(logits: Tensor, base: Tensor, targets: Tensor, reduction: s
     return of.mean() if reduction == "mean" else of.sum()
 
 
-def predictions(model: Any, pieces: Sequence[Piece], packed: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (..., vocabulary) where completion tokens are predicted, and these tokens (...): of all pieces at once
-    where the model is `packed`, else piece by piece."""
+def predictions(
+    model: Any, pieces: Sequence[Piece], packed: bool, hidden: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (..., vocabulary), or the `hidden` states before them, where completion tokens are predicted, and these
+    tokens (...): of all pieces at once where the model is `packed`, else piece by piece."""
     if not packed:
-        yield from (completion_logits(model, piece) for piece in pieces)
+        yield from (completion_logits(model, piece, hidden) for piece in pieces)
         return
     shared = 0 if model.training and has_dropout(model) else common(pieces)  # dropout draws for each row
     inputs, where, targets = pack(pieces, shared)
-    yield model(**inputs, logits_to_keep=where).logits[0], targets
+    if hidden:
+        yield model.base_model(**inputs).last_hidden_state[0, where], targets
+    else:
+        yield model(**inputs, logits_to_keep=where).logits[0], targets
 
 
-def completion_logits(model: Any, batch: Piece) -> tuple[Tensor, Tensor]:
-    """Logits (rows, columns, vocabulary) where labelled tokens are predicted, and these tokens (rows, columns).
+def completion_logits(model: Any, batch: Piece, hidden: bool = False) -> tuple[Tensor, Tensor]:
+    """Logits (rows, columns, vocabulary), or the `hidden` states before them, where labelled tokens are predicted, and
+    these tokens (rows, columns).
 
     Logits are made for their columns alone, and what all rows begin with is computed once; neither changes them or
     their gradient, rounding apart.
@@ -248,12 +264,14 @@ def completion_logits(model: Any, batch: Piece) -> tuple[Tensor, Tensor]:
         cache = DynamicCache(config=model.config)
         last = {"logits_to_keep": 1} if takes_columns else {}
         model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, **last)
-        if cache.get_seq_length() != shared:  # a model that keeps its past elsewhere, or under checkpointing nowhere
+        if cache.get_seq_length() != shared:  # a model that keeps its past elsewhere
             shared, cache = 0, None
     if cache is not None:
         cache.batch_repeat_interleave(len(ids))
     inputs = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache, "use_cache": bool(shared)}
-    if takes_columns:
+    if hidden:
+        logits = model.base_model(**inputs).last_hidden_state[:, columns - shared]
+    elif takes_columns:
         logits = model(**inputs, logits_to_keep=columns - shared).logits
     else:
         logits = model(**inputs).logits[:, columns - shared]
@@ -267,13 +285,26 @@ def shared_columns(model: Any, ids: Tensor, most: int) -> int:
     length = most if bool(same.all()) else int(same.long().argmin())
     if len(ids) < 2 or length < SHARED_FROM or not keeps_every_key(model):
         return 0
-    return 0 if model.training and has_dropout(model) else length
+    if model.training and (has_dropout(model) or any(getattr(m, "gradient_checkpointing", 0) for m in model.modules())):
+        return 0  # checkpointed blocks keep no past
+    return length
 
 
 def has_dropout(model: Any) -> bool:
     """Whether training draws anything at random: a dropout module, or a rate in the config (OPT's are functions)."""
     rates = [v for k, v in model.config.to_dict().items() if "drop" in k and isinstance(v, int | float)]
     return any(rates) or any(isinstance(part, torch.nn.Dropout) and part.p for part in model.modules())
+
+
+@contextmanager
+def checkpointing(model: Any) -> Iterator[None]:
+    """`model` with blocks that keep their inputs alone for the backward pass, until the end."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.23
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def lr_factor(step: int, steps: int, spec: FitSpec) -> float:
@@ -417,20 +448,21 @@ def fit(
     device = policy.device
     handler = signal.getsignal(signal.SIGINT)
     torch.manual_seed(derive_seed(seed, "dropout"))
-    packed = can_pack(policy.model, _sample(examples[0], policy))
+    sample = _sample(examples[0], policy)
+    packed, chunked = can_pack(policy.model, sample), plain_head(policy.model, sample[0]) is not None
     loader = DataLoader(
         Examples(examples),
         batch_size=spec.batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(derive_seed(seed, "order")),
-        collate_fn=lambda rows: batch_of(rows, policy.pad_id, PIECE if packed else CALL),
+        collate_fn=lambda rows: batch_of(rows, policy.pad_id),
     )
     before = None
     if spec.kl_to_base:
         assert base is not None
         before = _frozen(policy.model, base)
     fold = _adapt(policy.model, spec.lora, derive_seed(seed, "adapter")) if spec.lora else lambda: None
-    module = LanguageModel(policy.model, spec, steps, before, packed)
+    module = LanguageModel(policy.model, spec, steps, before, packed, chunked)
     own: list[pl.Callback] = [_Progress(on_progress)]
     if spec.l2_to_base:
         assert base is not None
@@ -466,6 +498,8 @@ def fit(
         )
         try:
             with ExitStack() as stack:
+                if spec.gradient_checkpointing:
+                    stack.enter_context(checkpointing(policy.model))
                 for model in (policy.model, before) if packed else ():
                     if model is not None:
                         stack.enter_context(packing(model))

@@ -349,6 +349,11 @@ class Bench:
                 check_disjoint(f"{self.task.name} and {exam.label}", {"train": first, "items": exam.problems})
         self.replay, self.written = self._read_files()
         self.policy, self.base, self.base_weights = self._open()
+        if cfg.trainer.gradient_checkpointing and not self.policy.model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"trainer.gradient_checkpointing: {type(self.policy.model).__name__} has none; lower sft.batch_size "
+                "and raise trainer.accumulate_grad_batches instead"
+            )
         self.loaded = self.base.digest
         self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
         self.keep = store.keep = keep_of(cfg, self.size)
@@ -1218,6 +1223,7 @@ class Bench:
             warmup_ratio=sft.warmup_ratio, weight_decay=sft.weight_decay, betas=(sft.beta1, sft.beta2),
             max_length=sft.max_length, accelerator="gpu" if self.device == "cuda" else "cpu", devices=1,
             precision=self.precision, accumulate_grad_batches=trainer.accumulate_grad_batches,
+            gradient_checkpointing=trainer.gradient_checkpointing,
             gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic, lora=self._lora(),
             l2_to_base=sft.l2_to_base, kl_to_base=sft.kl_to_base, patience=sft.patience,
         )  # fmt: skip
