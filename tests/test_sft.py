@@ -249,6 +249,13 @@ def test_a_loss_in_chunks_has_the_loss_and_gradient_of_the_whole(kind: str, monk
     assert calls == []  # the logits were not made
 
 
+def test_a_head_with_an_adapter_is_not_plain() -> None:
+    peft = pytest.importorskip("peft")
+    model = _model("llama")  # its head is not tied
+    peft.LoraModel(model, peft.LoraConfig(r=2, target_modules=["lm_head"]), "default")
+    assert plain_head(model, _sample(model)[0]) is None  # though it starts from the same logits
+
+
 def test_a_chunked_loss_by_hand_and_in_bfloat16() -> None:
     """Logits 2 and 1, the first is right: log(1 + exp(-1)) = .313262, softmax (.731059, .268941)."""
     hidden = torch.tensor([[1.0, 1.0]], requires_grad=True)

@@ -448,8 +448,6 @@ def fit(
     device = policy.device
     handler = signal.getsignal(signal.SIGINT)
     torch.manual_seed(derive_seed(seed, "dropout"))
-    sample = _sample(examples[0], policy)
-    packed, chunked = can_pack(policy.model, sample), plain_head(policy.model, sample[0]) is not None
     loader = DataLoader(
         Examples(examples),
         batch_size=spec.batch_size,
@@ -462,6 +460,8 @@ def fit(
         assert base is not None
         before = _frozen(policy.model, base)
     fold = _adapt(policy.model, spec.lora, derive_seed(seed, "adapter")) if spec.lora else lambda: None
+    sample = _sample(examples[0], policy)  # read by the model as it is trained: a head may have an adapter by now
+    packed, chunked = can_pack(policy.model, sample), plain_head(policy.model, sample[0]) is not None
     module = LanguageModel(policy.model, spec, steps, before, packed, chunked)
     own: list[pl.Callback] = [_Progress(on_progress)]
     if spec.l2_to_base:
