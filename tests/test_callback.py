@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from itermerge.merging import LINEAR, Merge, MergeCallback, MergeError, Method
 from itermerge.policy import Policy
-from itermerge.sft import Example, Examples, FitSpec, LanguageModel, LoraSpec, SftError, collate, fit
+from itermerge.sft import Example, Examples, FitSpec, LanguageModel, LoraSpec, SftError, batch_of, fit
 from itermerge.weights import write_folder
 
 SPEC = FitSpec(
@@ -186,7 +186,7 @@ def _trainer(folder: Path, epochs: int, callbacks: list[pl.Callback]) -> pl.Trai
 )
 def test_a_fit_that_goes_on_from_a_checkpoint_ends_with_the_same_weights(tiny: Policy, tmp_path: Path) -> None:
     """The anchor (the start of the fit) comes back from the checkpoint, where the model no longer has it."""
-    loader = DataLoader(Examples(EXAMPLES), batch_size=2, collate_fn=lambda rows: collate(rows, 0))
+    loader = DataLoader(Examples(EXAMPLES), batch_size=2, collate_fn=lambda rows: batch_of(rows, 0))
     ends = []
     for cut in (None, 2):
         model = copy.deepcopy(tiny.model)
@@ -355,7 +355,7 @@ from pytorch_lightning import Trainer
 from torch.utils.data import DataLoader
 from itermerge.merging import MergeCallback, Method
 from itermerge.policy import Policy
-from itermerge.sft import Examples, LanguageModel, collate
+from itermerge.sft import Examples, LanguageModel, batch_of
 sys.path.insert(0, sys.argv[4])
 from test_callback import EXAMPLES, SPEC
 torch.set_num_threads(1)
@@ -365,7 +365,7 @@ rule = Method(sparsify="random", combine="elect", density=.5)
 trainer = Trainer(max_epochs=2, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False,
                   enable_checkpointing=False, enable_model_summary=False, default_root_dir=sys.argv[2],
                   callbacks=[MergeCallback(anchor, .5, method=rule, seed=3)])
-loader = DataLoader(Examples(EXAMPLES), batch_size=1, collate_fn=lambda rows: collate(rows, 0))
+loader = DataLoader(Examples(EXAMPLES), batch_size=1, collate_fn=lambda rows: batch_of(rows, 0))
 trainer.fit(LanguageModel(policy.model, SPEC, 4), loader)
 torch.save(policy.weights(), f"{sys.argv[3]}.{trainer.global_rank}")
 """

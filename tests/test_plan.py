@@ -3,6 +3,7 @@ counters and of hand values; it loads no weights and leaves nothing behind."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -112,6 +113,18 @@ def test_memory_by_hand() -> None:
     assert (mixed["gradients"], mixed["Adam's moments"]) == (400, 800)  # adapters
     assert mixed["weights as products take them"] == 2 * 704
     assert mixed["activations"] == 2 * 6 * (128 + 2 * (5 * 8 + 2 * 8 + 2 * 4 + 4 * 16))
+    many = dataclasses.replace(ONE, layers=3, vocab=1 << 20)
+    whole, some, both = (
+        plan.fit_memory(
+            many, rows=2, width=6, predicted=4, precision="32-true", trained=704, checkpointing=on, compared=c
+        )
+        for on, c in ((False, False), (True, False), (False, True))
+    )
+    assert whole["activations"] == 3 * fit["activations"]
+    assert some["activations"] == fit["activations"] + 2 * (2 * 6 * 4 * 8)  # of the other two, their inputs
+    assert whole["logits"] == min(8 << 20, 1 << 24) * 12
+    assert both["logits"] == 2 * (8 << 20) * 12
+    assert plan.fit_memory(many, 20, 6, 4, "32-true", 704)["logits"] == (1 << 24) * 12
     cold = plan.sampling_memory(ONE, rows=3, positions=20, dtype="float32", nucleus=False)
     assert cold["KV cache"] == 3 * 20 * 1 * 2 * 4 * 4
     assert cold["copy that samples"] == 0

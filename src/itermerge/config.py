@@ -338,6 +338,7 @@ class Trainer:
     accelerator: str = knob(among=("auto", "cpu", "gpu"))
     precision: str = knob(among=("auto", "32-true", "bf16-mixed", "16-mixed"))
     accumulate_grad_batches: int = knob(ge=1)
+    gradient_checkpointing: bool = MISSING  # activations inside a block are computed again when they are needed
     gradient_clip_val: float = knob(ge=0)
     deterministic: bool = MISSING
 

@@ -40,6 +40,7 @@ from . import loop, pretrain, stages
 from .config import ModelLab, ProgramPretrainLab, Root, StoreNone, Suite, TaskHarness, TeacherHF, TeacherLab, label
 from .evaluation import Exam
 from .harness import HarnessExam
+from .packing import LOGITS
 from .policy import SHARED_FROM, Policy, eos_ids_of
 from .sft import FitSpec
 from .stages import Bench, Merged, Model, Round, lab_folder
@@ -509,7 +510,7 @@ class Sketch(Bench):
         trained = shape.weights if cfg.model.lora.rank is None else adapter_weights(self.policy.model, cfg.model.lora)
         out["fine-tuning"] = fit_memory(
             shape, min(cfg.sft.batch_size, len(first) * cfg.sampler.n), width, cfg.sampler.max_new_tokens,
-            self.precision, trained,
+            self.precision, trained, cfg.trainer.gradient_checkpointing, bool(cfg.sft.kl_to_base),
         )  # fmt: skip
         if cfg.sft.kl_to_base or cfg.sft.l2_to_base:
             out["fine-tuning"]["base"] = 4 * shape.weights
@@ -588,21 +589,35 @@ def sampling_memory(shape: Shape, rows: int, positions: int, dtype: str, *, nucl
     }  # fmt: skip
 
 
-def fit_memory(shape: Shape, rows: int, width: int, predicted: int, precision: str, trained: int) -> dict[str, int]:
+def fit_memory(
+    shape: Shape,
+    rows: int,
+    width: int,
+    predicted: int,
+    precision: str,
+    trained: int,
+    checkpointing: bool = False,
+    compared: bool = False,
+) -> dict[str, int]:
     """Bytes by part, roughly, of a step on `rows` texts of `width` tokens, `predicted` of which get logits; `trained`
     weights have gradients and Adam's two moments.
 
     A block of Llama's kind keeps for the backward pass, of a token: its two norms' inputs and outputs in float32, and
     what its products and the attention read, in their precision (a float32 input is cast once for each product).
+    Under `checkpointing` all blocks but one keep their inputs alone. Of many logits, `packing.LOGITS` are in memory at
+    once, where the head is plain, as it mostly is; all of them, and as many, where they are `compared` to the base's.
     """
     size = 4 if precision == "32-true" else 2
     inputs = 2 if size == 4 else 5
     block = 16 * shape.hidden + size * (inputs * shape.hidden + 2 * shape.width + 2 * shape.kv + 4 * shape.ffn)
+    kept = block + (shape.layers - 1) * 4 * shape.hidden if checkpointing else shape.layers * block
+    logits = rows * min(predicted, width) * shape.vocab
+    logits = 2 * logits if compared else min(logits, LOGITS)
     return {
         "weights": 4 * shape.weights, "gradients": 4 * trained, "Adam's moments": 8 * trained,
         "weights as products take them": 2 * (shape.body + shape.head) if size == 2 else 0,
-        "activations": rows * width * shape.layers * block,
-        "logits": rows * min(predicted, width) * shape.vocab * (size + 8),  # float32 and their gradient
+        "activations": rows * width * kept,
+        "logits": logits * (size + 8),  # float32 and their gradient
     }  # fmt: skip
 
 

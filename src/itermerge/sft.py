@@ -12,7 +12,8 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import DynamicCache
 
+from .packing import IGNORED, LOGITS, ChunkedLoss, Piece, can_pack, common, pack, packing, plain_head
 from .policy import SHARED_FROM, Policy, keeps_every_key
 from .tasks import derive_seed
 from .weights import Weights
 
-IGNORED = -100
+PIECE = 64  # tokens that cost as much as one more piece does
 
 
 class SftError(RuntimeError):
@@ -64,6 +66,7 @@ class FitSpec:
     accumulate_grad_batches: int
     gradient_clip_val: float
     deterministic: bool
+    gradient_checkpointing: bool = False  # activations of a block are computed again when they are needed
     lora: LoraSpec | None = None  # train adapters, folded into the weights at the end
     l2_to_base: float = 0.0  # times half the squared distance of the weights from the base
     kl_to_base: float = 0.0  # times KL(tuned || base), nats a completion token
@@ -76,6 +79,9 @@ class Example:
 
     prompt: Sequence[int]
     completion: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.completion)
 
 
 @dataclass(frozen=True)
@@ -102,24 +108,51 @@ class Examples(Dataset[Example]):
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """input_ids, attention_mask and labels, each (batch, longest), padded on the right."""
-    width = max(len(e.prompt) + len(e.completion) for e in examples)
+    width = max(map(len, examples))
     ids = torch.full((len(examples), width), pad_id)
     mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, IGNORED)
     for row, e in enumerate(examples):
-        start, end = len(e.prompt), len(e.prompt) + len(e.completion)
+        start, end = len(e.prompt), len(e)
         ids[row, :end] = torch.tensor([*e.prompt, *e.completion])
         mask[row, :end] = 1
         labels[row, start:end] = ids[row, start:end]
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def batch_of(examples: Sequence[Example], pad_id: int) -> dict[str, Any]:
+    """`pieces` of like length, each as `collate` makes it, and `tokens`: the predicted ones of all of them, by which
+    the sum of their losses is divided."""
+    pieces = [collate(rows, pad_id) for rows in cut(examples)]
+    return {"pieces": pieces, "tokens": sum(int((p["labels"][:, 1:] != IGNORED).sum()) for p in pieces)}
+
+
+def cut(examples: Sequence[Example]) -> list[list[Example]]:
+    """The examples in pieces, shortest first, such that their tokens with padding, and PIECE for each piece, are
+    fewest."""
+    rows = sorted(examples, key=len)
+    best = {0: (0, 0)}  # {end: (cost up to there, where the last piece begins)}
+    for end in range(1, len(rows) + 1):
+        if end == len(rows) or len(rows[end - 1]) < len(rows[end]):
+            width = len(rows[end - 1])
+            best[end] = min((cost + (end - at) * width + PIECE, at) for at, (cost, _) in best.items())
+    pieces, end = [], len(rows)
+    while end:
+        begin = best[end][1]
+        pieces.append(rows[begin:end])
+        end = begin
+    return pieces[::-1]
+
+
 class LanguageModel(pl.LightningModule):
     """The LM for fine-tuning: mean cross-entropy a completion token (nats), AdamW, warm-up and schedule by step."""
 
-    def __init__(self, model: Any, spec: FitSpec, steps: int, base: Any = None) -> None:
+    def __init__(
+        self, model: Any, spec: FitSpec, steps: int, base: Any = None, packed: bool = False, chunked: bool = False
+    ) -> None:
+        """`packed` where `can_pack` says so, `chunked` where there is a `plain_head`."""
         super().__init__()
-        self.model, self.spec, self.steps = model, spec, steps
+        self.model, self.spec, self.steps, self.packed, self.chunked = model, spec, steps, packed, chunked
         self.base = (base,)  # in a tuple: no part of this module, which is moved, trained and counted
         self.losses: list[float] = []
         self.kl: list[float] = []
@@ -127,9 +160,22 @@ class LanguageModel(pl.LightningModule):
     def on_fit_start(self) -> None:
         self.model.train()  # from_pretrained returns eval mode, and Lightning keeps what it finds
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits, targets = completion_logits(self.model, batch)
-        loss = token_loss(logits, targets)
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """The mean loss of a batch as `batch_of` makes it."""
+        pieces, tokens, base = batch["pieces"], batch["tokens"], self.base[0]
+        loss, kl = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        head = self.model.get_output_embeddings()
+        if self.chunked and base is None and tokens * len(head.weight) > LOGITS:
+            for hidden, targets in predictions(self.model, pieces, self.packed, hidden=True):
+                here = targets != IGNORED
+                loss = loss + ChunkedLoss.apply(hidden[here], head.weight, targets[here]) / tokens
+        else:
+            with torch.no_grad():
+                before = [logits for logits, _ in predictions(base, pieces, self.packed)] if base else []
+            for i, (logits, targets) in enumerate(predictions(self.model, pieces, self.packed)):
+                loss = loss + token_loss(logits, targets, "sum") / tokens
+                if base:
+                    kl = kl + token_divergence(logits, before[i], targets, "sum") / tokens
         value = float(loss.detach())
         if not math.isfinite(value):
             raise SftError(
@@ -137,10 +183,7 @@ class LanguageModel(pl.LightningModule):
                 "lower sft.lr, or set trainer.gradient_clip_val"
             )
         self.losses.append(value)
-        if self.base[0] is not None:
-            with torch.no_grad():
-                before, _ = completion_logits(self.base[0], batch)
-            kl = token_divergence(logits, before, targets)
+        if base:
             self.kl.append(float(kl.detach()))
             loss = loss + self.spec.kl_to_base * kl
         return loss
@@ -168,26 +211,47 @@ class LanguageModel(pl.LightningModule):
         return None
 
 
-def completion_loss(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+def completion_loss(model: Any, piece: Piece) -> Tensor:
     """Mean cross-entropy (nats) over the labelled tokens."""
-    return token_loss(*completion_logits(model, batch))
+    return token_loss(*completion_logits(model, piece))
 
 
-def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy (nats) of logits (rows, columns, vocabulary) over the targets (rows, columns) that are not
+def token_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Mean or sum of the cross-entropy (nats) of logits (..., vocabulary) over the targets (...) that are not
     ignored."""
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction
+    )
 
 
-def token_divergence(logits: Tensor, base: Tensor, targets: Tensor) -> Tensor:
-    """Mean KL(model || base) (nats) over the positions whose target is not ignored; shapes as in `token_loss`."""
+def token_divergence(logits: Tensor, base: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Mean or sum of KL(model || base) (nats) over the positions whose target is not ignored; shapes as in
+    `token_loss`."""
     here = targets != IGNORED
     mine, theirs = (torch.log_softmax(x[here].float(), -1) for x in (logits, base))
-    return (mine.exp() * (mine - theirs)).sum(-1).mean()
+    of = (mine.exp() * (mine - theirs)).sum(-1)
+    return of.mean() if reduction == "mean" else of.sum()
 
 
-def completion_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits (rows, columns, vocabulary) where labelled tokens are predicted, and these tokens (rows, columns).
+def predictions(
+    model: Any, pieces: Sequence[Piece], packed: bool, hidden: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (..., vocabulary), or the `hidden` states before them, where completion tokens are predicted, and these
+    tokens (...): of all pieces at once where the model is `packed`, else piece by piece."""
+    if not packed:
+        yield from (completion_logits(model, piece, hidden) for piece in pieces)
+        return
+    shared = 0 if model.training and has_dropout(model) else common(pieces)  # dropout draws for each row
+    inputs, where, targets = pack(pieces, shared)
+    if hidden:
+        yield model.base_model(**inputs).last_hidden_state[0, where], targets
+    else:
+        yield model(**inputs, logits_to_keep=where).logits[0], targets
+
+
+def completion_logits(model: Any, batch: Piece, hidden: bool = False) -> tuple[Tensor, Tensor]:
+    """Logits (rows, columns, vocabulary), or the `hidden` states before them, where labelled tokens are predicted, and
+    these tokens (rows, columns).
 
     Logits are made for their columns alone, and what all rows begin with is computed once; neither changes them or
     their gradient, rounding apart.
@@ -200,12 +264,14 @@ def completion_logits(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, 
         cache = DynamicCache(config=model.config)
         last = {"logits_to_keep": 1} if takes_columns else {}
         model(input_ids=ids[:1, :shared], past_key_values=cache, use_cache=True, **last)
-        if cache.get_seq_length() != shared:  # a model that keeps its past elsewhere, or under checkpointing nowhere
+        if cache.get_seq_length() != shared:  # a model that keeps its past elsewhere
             shared, cache = 0, None
     if cache is not None:
         cache.batch_repeat_interleave(len(ids))
     inputs = {"input_ids": ids[:, shared:], "attention_mask": mask, "past_key_values": cache, "use_cache": bool(shared)}
-    if takes_columns:
+    if hidden:
+        logits = model.base_model(**inputs).last_hidden_state[:, columns - shared]
+    elif takes_columns:
         logits = model(**inputs, logits_to_keep=columns - shared).logits
     else:
         logits = model(**inputs).logits[:, columns - shared]
@@ -219,13 +285,26 @@ def shared_columns(model: Any, ids: Tensor, most: int) -> int:
     length = most if bool(same.all()) else int(same.long().argmin())
     if len(ids) < 2 or length < SHARED_FROM or not keeps_every_key(model):
         return 0
-    return 0 if model.training and has_dropout(model) else length
+    if model.training and (has_dropout(model) or any(getattr(m, "gradient_checkpointing", 0) for m in model.modules())):
+        return 0  # checkpointed blocks keep no past
+    return length
 
 
 def has_dropout(model: Any) -> bool:
     """Whether training draws anything at random: a dropout module, or a rate in the config (OPT's are functions)."""
     rates = [v for k, v in model.config.to_dict().items() if "drop" in k and isinstance(v, int | float)]
     return any(rates) or any(isinstance(part, torch.nn.Dropout) and part.p for part in model.modules())
+
+
+@contextmanager
+def checkpointing(model: Any) -> Iterator[None]:
+    """`model` with blocks that keep their inputs alone for the backward pass, until the end."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.23
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def lr_factor(step: int, steps: int, spec: FitSpec) -> float:
@@ -333,7 +412,7 @@ def _adapt(model: Any, spec: LoraSpec, seed: int) -> Callable[[], None]:
 
 def short_enough(examples: Sequence[Example], most: int) -> list[Example]:
     """The examples of at most so many tokens. Raises SftError where there is none."""
-    kept = [e for e in examples if len(e.prompt) + len(e.completion) <= most]
+    kept = [e for e in examples if len(e) <= most]
     if not kept:
         raise SftError(f"all {len(examples)} examples have more than {most} tokens; raise sft.max_length")
     return kept
@@ -357,7 +436,7 @@ def fit(
     `score` measures the policy after an epoch for `patience`. Raises SftError when the loss is not finite or an example
     is longer than `spec.max_length` tokens, and KeyboardInterrupt when interrupted.
     """
-    longest = max(len(e.prompt) + len(e.completion) for e in examples)
+    longest = max(map(len, examples))
     if longest > min(spec.max_length, policy.context):
         raise SftError(
             f"an example has {longest} tokens; sft.max_length is {spec.max_length} and the model's context "
@@ -374,14 +453,16 @@ def fit(
         batch_size=spec.batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(derive_seed(seed, "order")),
-        collate_fn=lambda rows: collate(rows, policy.pad_id),
+        collate_fn=lambda rows: batch_of(rows, policy.pad_id),
     )
     before = None
     if spec.kl_to_base:
         assert base is not None
         before = _frozen(policy.model, base)
     fold = _adapt(policy.model, spec.lora, derive_seed(seed, "adapter")) if spec.lora else lambda: None
-    module = LanguageModel(policy.model, spec, steps, before)
+    sample = _sample(examples[0], policy)  # read by the model as it is trained: a head may have an adapter by now
+    packed, chunked = can_pack(policy.model, sample), plain_head(policy.model, sample[0]) is not None
+    module = LanguageModel(policy.model, spec, steps, before, packed, chunked)
     own: list[pl.Callback] = [_Progress(on_progress)]
     if spec.l2_to_base:
         assert base is not None
@@ -416,7 +497,13 @@ def fit(
             enable_model_summary=False,
         )
         try:
-            trainer.fit(module, loader)
+            with ExitStack() as stack:
+                if spec.gradient_checkpointing:
+                    stack.enter_context(checkpointing(policy.model))
+                for model in (policy.model, before) if packed else ():
+                    if model is not None:
+                        stack.enter_context(packing(model))
+                trainer.fit(module, loader)
         except SystemExit as stopped:  # Lightning turns Ctrl-C into SystemExit and ignores further signals
             raise KeyboardInterrupt from stopped
         finally:
@@ -438,3 +525,13 @@ def _frozen(model: Any, weights: Weights) -> Any:
     for name, p in other.named_parameters():
         p.copy_(weights[name])
     return other
+
+
+def _sample(example: Example, policy: Policy) -> list[Piece]:
+    """Three short rows of one example's tokens, two of them in one piece: to see how a model reads."""
+    ids = [*example.prompt, *example.completion][:48]
+    ids = (ids * 24)[: max(24, len(ids))]
+    head, rest = ids[:SHARED_FROM], ids[SHARED_FROM:]
+    rows = [[*head, *rest[:8]], [*head, *rest[::-1]], [*head, *rest[2:]]]
+    first, *others = (Example(row[:-3], row[-3:]) for row in rows)
+    return [{k: v.to(policy.device) for k, v in collate(e, policy.pad_id).items()} for e in ([first], others)]

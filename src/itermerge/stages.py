@@ -92,7 +92,9 @@ IMPORTANCE = (
     "analysis/mismatch.py", "tasks/prompts.py",
 )  # fmt: skip
 MERGING = ("weights.py", "merging/law.py")
-FITTING = (*MERGING, "merging/callback.py", "policy.py", "sft.py", "tasks/__init__.py", "tasks/prompts.py")
+FITTING = (
+    *MERGING, "merging/callback.py", "policy.py", "sft.py", "packing.py", "tasks/__init__.py", "tasks/prompts.py",
+)  # fmt: skip
 LAB = Path(__file__).parent / "lab"  # the base models in the package, seed0 and on
 LAB_SEED0 = LAB / "seed0"
 NOT_THE_MODEL = (MANIFEST, DROPPED, KEPT, "timing.json")  # beside a model's files in its artifact
@@ -355,6 +357,11 @@ class Bench:
                 check_disjoint(f"{self.task.name} and {exam.label}", {"train": first, "items": exam.problems})
         self.replay, self.written = self._read_files()
         self.policy, self.base, self.base_weights = self._open()
+        if cfg.trainer.gradient_checkpointing and not self.policy.model.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"trainer.gradient_checkpointing: {type(self.policy.model).__name__} has none; lower sft.batch_size "
+                "and raise trainer.accumulate_grad_batches instead"
+            )
         self.loaded = self.base.digest
         self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
         self.keep = store.keep = keep_of(cfg, self.size)
@@ -1224,6 +1231,7 @@ class Bench:
             warmup_ratio=sft.warmup_ratio, weight_decay=sft.weight_decay, betas=(sft.beta1, sft.beta2),
             max_length=sft.max_length, accelerator="gpu" if self.device == "cuda" else "cpu", devices=1,
             precision=self.precision, accumulate_grad_batches=trainer.accumulate_grad_batches,
+            gradient_checkpointing=trainer.gradient_checkpointing,
             gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic, lora=self._lora(),
             l2_to_base=sft.l2_to_base, kl_to_base=sft.kl_to_base, patience=sft.patience,
         )  # fmt: skip
