@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,8 @@ def test_examples_of_a_step_are_shared_out(tiny: Policy) -> None:
     nothing = part_of(rows[:1], 1, 2, tiny.pad_id)
     assert nothing["tokens"] == math.inf
     assert [len(piece["input_ids"]) for piece in nothing["pieces"]] == [1]
+    (piece,) = part_of(rows, 0, 2, tiny.pad_id, uncut=True)["pieces"]
+    assert len(piece["input_ids"]) == 5
     alone, whole = part_of(rows, 0, 1, tiny.pad_id), batch_of(rows, tiny.pad_id)
     assert alone["tokens"] == whole["tokens"]
     for mine, theirs in zip(alone["pieces"], whole["pieces"], strict=True):
@@ -167,10 +170,21 @@ def test_ddp_with_merge_events_is_the_fit_of_one(group: Group, lively: Path, tin
     assert two[0] == again[0]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_fsdp_is_the_fit_of_one_device(precision: str, group: Group, lively: Path, tmp_path: Path) -> None:
-    spec = dataclasses.replace(SPEC, strategy="fsdp", precision=precision)
-    two, one = both(group, lively, spec, tmp_path / "out")
+@pytest.mark.parametrize(
+    ("precision", "attention"), [("32-true", "sdpa"), ("bf16-mixed", "sdpa"), ("32-true", "eager")]
+)
+def test_fsdp_is_the_fit_of_one_device(
+    precision: str, attention: str, group: Group, lively: Path, tmp_path: Path
+) -> None:
+    """In one row, and, where the model does not take it so, in one piece."""
+    model = tmp_path / "model"
+    shutil.copytree(lively, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"attn_implementation": attention}))
+    assert Policy(model).model.config._attn_implementation == attention
+    checkpointing = precision == "bf16-mixed"
+    spec = dataclasses.replace(SPEC, strategy="fsdp", precision=precision, gradient_checkpointing=checkpointing)
+    two, one = both(group, model, spec, tmp_path / "out")
     assert_close(two, one, atol=1e-5 if precision == "32-true" else 5e-3)
 
 

@@ -512,8 +512,9 @@ class Sketch(Bench):
         trained = shape.weights if cfg.model.lora.rank is None else adapter_weights(self.policy.model, cfg.model.lora)
         rows = -(-min(cfg.sft.batch_size, len(first) * cfg.sampler.n) // n)
         fitting = fit_memory(
-            shape, rows, width, cfg.sampler.max_new_tokens, self.precision, trained, cfg.trainer.gradient_checkpointing
-        )
+            shape, rows, width, cfg.sampler.max_new_tokens, self.precision, trained, cfg.trainer.gradient_checkpointing,
+            LOGITS if n == 1 or strategy == "ddp" else 1 << 62,
+        )  # fmt: skip
         if cfg.sft.kl_to_base or cfg.sft.l2_to_base:
             fitting["base"] = 4 * shape.weights
         out = {"sampling": sampling, "fine-tuning": fitting}
@@ -599,15 +600,16 @@ def sampling_memory(shape: Shape, rows: int, positions: int, dtype: str, *, nucl
 
 
 def fit_memory(
-    shape: Shape, rows: int, width: int, predicted: int, precision: str, trained: int, checkpointing: bool = False
-) -> dict[str, int]:
+    shape: Shape, rows: int, width: int, predicted: int, precision: str, trained: int, checkpointing: bool = False,
+    at_once: int = LOGITS,
+) -> dict[str, int]:  # fmt: skip
     """Bytes by part, roughly, of a step on `rows` texts of `width` tokens, `predicted` of which get logits; `trained`
     weights have gradients and Adam's two moments.
 
     A block of Llama's kind keeps for the backward pass, of a token: its two norms' inputs and outputs in float32, and
     what its products and the attention read, in their precision (a float32 input is cast once for each product).
-    Under `checkpointing` all blocks but one keep their inputs alone. Of many logits, so many as `packing.LOGITS` are in
-    memory at once, where the model has a plain head, as most have.
+    Under `checkpointing` all blocks but one keep their inputs alone. Of many logits, `at_once` are in memory at once,
+    where the model has a plain head, as most have.
     """
     size = 4 if precision == "32-true" else 2
     inputs = 2 if size == 4 else 5
@@ -618,7 +620,7 @@ def fit_memory(
         "weights": 4 * shape.weights, "gradients": 4 * trained, "Adam's moments": 8 * trained,
         "weights as products take them": 2 * (shape.body + shape.head) if size == 2 else 0,
         "activations": rows * width * kept,
-        "logits": min(logits, LOGITS) * (size + 8),  # float32 and their gradient
+        "logits": min(logits, at_once) * (size + 8),  # float32 and their gradient
     }  # fmt: skip
 
 

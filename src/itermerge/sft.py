@@ -280,9 +280,7 @@ def predictions(
         yield model(**inputs, logits_to_keep=where).logits[0], targets
 
 
-def completion_logits(
-    model: Any, batch: Piece, *, hidden: bool = False, apart: bool = False
-) -> tuple[Tensor, Tensor]:
+def completion_logits(model: Any, batch: Piece, *, hidden: bool = False, apart: bool = False) -> tuple[Tensor, Tensor]:
     """Logits (rows, columns, vocabulary), or the `hidden` states before them, where labelled tokens are predicted, and
     these tokens (rows, columns).
 
