@@ -29,6 +29,7 @@ NEEDS = {  # members that are not whole without a value of the user's, or go wit
     ("task", "math500"): ["task.splits={train: test, validation: test}"],  # for suites: it has a test split alone
     ("merge/policy", "angle"): ["merge.every_n_epochs=last"],
     ("merge/policy", "search"): ["merge.every_n_epochs=last"],
+    ("trainer", "fsdp"): ["merge.every_n_epochs=last"],
 }
 
 
@@ -41,7 +42,7 @@ def test_default_config() -> None:
 
 
 def test_all_groups_are_found() -> None:
-    assert set(GROUPS) == set(KINDS) | {"suite", "launch", "baseline"}
+    assert set(GROUPS) == set(KINDS) | {"suite", "launch", "baseline", "trainer"}
     assert len(MEMBERS) > 10
     assert "quickstart" in EXPERIMENTS
 
@@ -51,6 +52,8 @@ def test_every_member_passes(group: str, member: str) -> None:
     root = check(compose_config(f"{group}={member}", *NEEDS.get((group, member), [])))
     if group == "merge/policy":
         assert root.merge.policy.kind == member
+    elif group == "trainer":
+        assert root.trainer.strategy == member
     elif group not in ("suite", "launch", "baseline"):
         kinds = KINDS[group]
         assert type(getattr(root, group)) is kinds.get(getattr(root, group).kind, kinds.get("*"))
@@ -128,6 +131,20 @@ BAD = [
     (["loop.on_empty=go"], r"^loop\.on_empty: 'go' is none of stop, skip"),
     (["trainer.precision=64"], r"^trainer\.precision: "),
     (["trainer.precision=16-mixed", "trainer.accelerator=cpu"], r"^trainer\.precision: 16-mixed needs a GPU"),
+    # several devices
+    (["trainer.devices=2"], r"^trainer\.devices: 2 devices need a strategy; use trainer=ddp or trainer=fsdp"),
+    (["trainer.devices=auto"], r"^trainer\.devices: auto devices need a strategy"),
+    *(([f"trainer={kind}", f"trainer.devices={n}"], r"^trainer\.devices: must be a whole number from 1, or auto; got ")
+      for kind in ("ddp", "fsdp") for n in ("0", "true", "many", "1.5", "[0,1]")),
+    (["trainer.strategy=dp"], r"^trainer\.strategy: 'dp' is none of single, ddp, fsdp"),
+    (["trainer=ddp", "trainer.devices=64"], r"^sft\.batch_size: 32 examples a step .* trainer\.devices=64"),
+    (["trainer=ddp", "sweep.gpus=all"], r"^trainer\.devices: sweep\.gpus gives jobs GPUs of their own; say how many"),
+    (["trainer=ddp", "trainer.devices=2", "sweep.gpus=[3]"], r"^trainer\.devices: 2 for each job, .* gpus has 1"),
+    (["trainer=ddp", "experiment=pretrain_lab"], r"^trainer\.strategy: the lab's models are pretrained in one process"),
+    (["trainer=fsdp"], r"^merge\.every_n_epochs: .*use merge\.every_n_epochs=last, or trainer=ddp"),
+    *((["trainer=fsdp", "merge.every_n_epochs=last", word], rf"^{word.split('=')[0]}: trainer\.strategy=fsdp .*whole")
+      for word in ("model.lora.rank=4", "sft.l2_to_base=0.1", "sft.kl_to_base=0.1", "sft.patience=1")),
+    (["trainer=fsdp", "merge=none", "trainer.precision=16-mixed"], r"^trainer\.precision: 16-mixed does not go with"),
     (["logger=wandb", "logger.mode=on"], r"^logger\.mode: .* is none of offline, online, disabled"),
     # unknown kinds and names
     (["merge.combine=men"], r"^merge\.combine: 'men' is none of mean, sum, elect, slerp, stock, tall, consensus"),
@@ -204,7 +221,7 @@ def test_ratio_is_no_key_of_merge_none() -> None:
 
 @pytest.mark.parametrize("override", ["merge.every_n_epochs=last", "merge.every_n_epochs=3", "merge.ratio=1",
                                       "task.max_solutions=null", "suite.near=[]", "optimized_metric=ood/mod/acc",
-                                      "optimized_metric=id/chain/acc"])  # fmt: skip
+                                      "optimized_metric=id/chain/acc", "trainer=ddp"])  # fmt: skip
 def test_good_values(override: str) -> None:
     check(compose_config(override))
 

@@ -90,16 +90,20 @@ def test_the_presets_are_what_the_code_of_the_paper_says() -> None:
 
 
 def test_llama_needs_adapters_on_one_gpu(tmp_path: Path) -> None:
-    """What the heads of the files say: all weights do not fit 80 GB, adapters do."""
+    """What the heads of the files say: all weights do not fit 80 GB, adapters do, and so do all weights on eight."""
     CONFIGS["meta-llama/Llama-2-7b-hf"].save_pretrained(tmp_path)
     few = ("task.n_train=50", "task.n_validation=40", "suite.pass_k_n=20", "suite.n=20", f"model.path={tmp_path}")
 
-    def need(*overrides: str) -> int:
-        cfg = check(compose_config("experiment=paper/gsm8k_llama2_7b", *few, *overrides))
-        return sum(plan.plan([cfg]).memory["fine-tuning"].values())
+    def need(name: str) -> dict[str, int]:
+        cfg = check(compose_config(f"experiment=paper/gsm8k_llama2_7b{name}", *few))
+        return {what: sum(parts.values()) for what, parts in plan.plan([cfg]).memory.items()}
 
-    assert need() > 107e9  # 16 bytes a weight
-    assert need("model.lora.rank=16") < 60e9
+    assert need("")["fine-tuning"] > 107e9  # 16 bytes a weight
+    assert need("_lora")["fine-tuning"] < 60e9
+    assert need("_lora")["sampling"] < 80e9
+    spread = need("_fsdp")
+    assert 107e9 / 8 < spread["fine-tuning on each of 8 devices (fsdp)"] < 60e9
+    assert spread["sampling on each of 8 devices"] < 60e9
 
 
 # --- one preset, whole ------------------------------------------------------------------------------------------------

@@ -140,17 +140,55 @@ def test_each_process_has_a_gpu_for_itself_until_it_ends(tmp_path: Path) -> None
     first.communicate()
 
 
+def test_a_job_takes_as_many_gpus_as_it_has_devices(tmp_path: Path) -> None:
+    """All of them or none: two jobs never wait for one another."""
+    code = """
+import os, sys
+from itermerge import sweep
+from itermerge.config import ConfigError
+n = int(sys.argv[1])
+print(sweep.take_gpu([4, 7, 9], n, poll=0.05), flush=True)
+try:
+    sweep.take_gpu([4, 7, 9], n + 1)
+except ConfigError as error:
+    print(error, flush=True)
+sys.stdin.readline()
+"""
+
+    def start(n: int) -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        words = [sys.executable, "-c", code, str(n)]
+        return subprocess.Popen(words, env=os.environ | {"TMPDIR": str(tmp_path)}, **pipes)
+
+    def said(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        return process.stdout.readline().strip()
+
+    first = start(2)
+    assert said(first) == "4,7"
+    assert said(first).startswith("trainer.devices: 3, and this worker of the sweep has taken 2 GPUs")
+    second = start(2)  # has to wait, and meanwhile holds nothing
+    time.sleep(0.5)
+    third = start(1)
+    assert said(third) == "9"
+    first.communicate("\n", timeout=60)
+    assert said(second) == "4,7"
+    for process in (second, third):
+        process.communicate("\n", timeout=60)
+
+
 def test_threads_are_set_before_torch_starts() -> None:
     code = """
 import os, sys
 from types import SimpleNamespace
 from pathlib import Path
 from itermerge import cli, sweep
-def stop(_):  # where a GPU is taken, just before torch
+def stop(*_):  # where a GPU is taken, just before torch
     print(os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"], "torch" in sys.modules)
     sys.exit()
 sweep.take_gpu = stop
-cli.start(SimpleNamespace(threads=3, sweep=SimpleNamespace(gpus=None)), Path("."), [])
+alone = SimpleNamespace(strategy="single", devices=1)
+cli.start(SimpleNamespace(threads=3, trainer=alone, sweep=SimpleNamespace(gpus=None)), Path("."), [])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["3", "3", "False"]
@@ -165,6 +203,8 @@ def test_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     assert sweep.gpus("all") == ["2", "3"]
     assert sweep.gpus([0]) == ["0"]
+    with pytest.raises(ConfigError, match=r"^trainer\.devices: 3 for each job, and sweep\.gpus has 2; use fewer"):
+        sweep.take_gpu("all", 3)
 
 
 # --- going on ------------------------------------------------------------------------------------------------------

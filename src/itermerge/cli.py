@@ -54,7 +54,12 @@ LAUNCHERS = {
 LAUNCHERS |= {"slurm": LAUNCHERS["submitit_slurm"]}  # launch=...
 LOCK = ".lock"  # held while a process runs in a run folder
 log = logging.getLogger("itermerge")
-OmegaConf.register_new_resolver("gpu_count", lambda wanted: len(sweep.found_gpus(wanted)) or 1, replace=True)
+# How many jobs have GPUs at a time: ${gpu_count:WANTED,DEVICES}
+OmegaConf.register_new_resolver(
+    "gpu_count",
+    lambda wanted, each=1: max(1, len(sweep.found_gpus(wanted)) // (each if isinstance(each, int) else 1)),
+    replace=True,
+)
 
 
 def main() -> None:
@@ -379,7 +384,7 @@ def claim(folder: Path, cfg: Root) -> None:
 def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
     """Runs a checked config in its folder."""
     _set_threads(cfg.threads)
-    gpu = sweep.take_gpu(cfg.sweep.gpus)
+    gpu = sweep.take_gpu(cfg.sweep.gpus, gpus_of(cfg))
     _quiet(cfg.threads)
     made_by = provenance(overrides) | ({"gpu": gpu} if gpu is not None else {})
     (folder / "provenance.json").write_text(json.dumps(made_by, indent=1) + "\n")
@@ -409,6 +414,11 @@ def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
     for what, reason in summary["analysis_failed"].items():
         tracking.console.print(f"not measured: {what} ({reason})", soft_wrap=True, markup=False)
     return float(summary["final"][cfg.optimized_metric])
+
+
+def gpus_of(cfg: Root) -> int:
+    """How many GPUs a job of a sweep takes."""
+    return cfg.trainer.devices if cfg.sweep.gpus is not None and cfg.trainer.devices != "auto" else 1
 
 
 def _report(folder: Path) -> list[Path]:
@@ -535,8 +545,10 @@ def before_sweep(cfgs: Mapping[int, Root], folder: Path, done: int, workers: int
     known = [(cfg, size) for cfg in cfgs.values() if (size := upkeep.weights_size(cfg)) is not None]
     stores = {Path(c.store.dir).expanduser() if isinstance(c.store, StoreLocal) else folder for c, _ in known}
     try:
-        if first.sweep.gpus is not None and workers > (count := len(sweep.gpus(first.sweep.gpus))):
-            die(f"hydra.launcher.n_jobs: {workers} jobs at once, sweep.gpus has {count}, and each job keeps one")
+        each = max(map(gpus_of, cfgs.values()))
+        if first.sweep.gpus is not None and workers * each > (count := len(sweep.gpus(first.sweep.gpus))):
+            of = "one" if each == 1 else f"trainer.devices={each}"
+            die(f"hydra.launcher.n_jobs: {workers} jobs at once, sweep.gpus has {count}, and each job keeps {of}")
         for place in stores:
             upkeep.check_space(known, place, folder, workers)
     except (ConfigError, StoreError) as error:

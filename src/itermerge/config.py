@@ -335,6 +335,8 @@ class Analysis:
 class Trainer:
     """Lightning's Trainer. gradient_clip_val is a norm, 0 for none."""
 
+    strategy: str = knob(among=("single", "ddp", "fsdp"))
+    devices: Any = MISSING  # a number, or auto: all GPUs; two processes on a CPU
     accelerator: str = knob(among=("auto", "cpu", "gpu"))
     precision: str = knob(among=("auto", "32-true", "bf16-mixed", "16-mixed"))
     accumulate_grad_batches: int = knob(ge=1)
@@ -857,10 +859,64 @@ def _cross_checks(root: Root) -> None:
         raise ConfigError(f"sweep.gpus: must be null, all, or a list of GPU numbers as [0,1]; got {gpus!r}")
     if not root.suite.near and not root.suite.far:
         raise ConfigError("suite.near, suite.far: at least one OOD task is needed")
-    if root.trainer.precision == "16-mixed" and root.trainer.accelerator == "cpu":
-        raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
+    _check_trainer(root)
     _check_tasks(root)
     check_metric(root, root.optimized_metric, "optimized_metric")
+
+
+def _check_trainer(root: Root) -> None:
+    trainer, n = root.trainer, root.trainer.devices
+    if trainer.precision == "16-mixed" and trainer.accelerator == "cpu":
+        raise ConfigError("trainer.precision: 16-mixed needs a GPU; on a CPU use bf16-mixed or 32-true")
+    if n != "auto" and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ConfigError(f"trainer.devices: must be a whole number from 1, or auto; got {n!r}")
+    if trainer.strategy == "single":
+        if n != 1:
+            raise ConfigError(f"trainer.devices: {n} devices need a strategy; use trainer=ddp or trainer=fsdp")
+        return
+    if isinstance(root.program, ProgramPretrainLab):
+        raise ConfigError("trainer.strategy: the lab's models are pretrained in one process; use trainer=single")
+    if n == 1:
+        return  # then all of them are one process
+    if n != "auto":
+        check_shares(root, n)
+    elif root.sweep.gpus is not None:
+        raise ConfigError("trainer.devices: sweep.gpus gives jobs GPUs of their own; say how many, trainer.devices=2")
+    if trainer.strategy == "fsdp":
+        _check_fsdp(root)
+
+
+def check_shares(root: Root, n: int) -> None:
+    """Raises ConfigError where a step has fewer examples than there are devices, or where jobs of a sweep have fewer
+    GPUs."""
+    if root.sft.batch_size < n:
+        raise ConfigError(
+            f"sft.batch_size: {root.sft.batch_size} examples a step cannot be shared out to trainer.devices={n}; "
+            f"use sft.batch_size={n} or more (trainer.accumulate_grad_batches lower)"
+        )
+    if isinstance(root.sweep.gpus, list) and len(root.sweep.gpus) < n:
+        raise ConfigError(
+            f"trainer.devices: {n} for each job, and sweep.gpus has {len(root.sweep.gpus)}; give more, or fewer devices"
+        )
+
+
+def _check_fsdp(root: Root) -> None:
+    """What needs whole weights inside of a fit."""
+    merge, sft = root.merge, root.sft
+    every = merge.every_n_epochs if isinstance(merge, MergeEvents) and not is_vanilla(merge) else "last"
+    why = "trainer.strategy=fsdp spreads each weight over the devices, and"
+    if every != "last" and every < sft.epochs:
+        raise ConfigError(
+            f"merge.every_n_epochs: {why} merge events inside a fit need whole ones; use "
+            "merge.every_n_epochs=last, or trainer=ddp"
+        )
+    if root.model.lora.rank is not None:
+        raise ConfigError(f"model.lora.rank: {why} adapters are folded into whole ones; use trainer=ddp, or rank null")
+    for key in ("l2_to_base", "kl_to_base", "patience"):
+        if getattr(sft, key):
+            raise ConfigError(f"sft.{key}: {why} this needs whole ones; use trainer=ddp")
+    if root.trainer.precision == "16-mixed":
+        raise ConfigError("trainer.precision: 16-mixed does not go with trainer.strategy=fsdp; use bf16-mixed")
 
 
 def _check_tasks(root: Root | Evaluate) -> None:

@@ -52,8 +52,7 @@ def run(
     root = Path(cfg.store.dir).expanduser() if isinstance(cfg.store, StoreLocal) else private
     started = time.perf_counter()
     store = parts.store(root, environment(stages.device_of(cfg.trainer.accelerator), cfg.threads))
-    with tempfile.TemporaryDirectory() as scratch, store:
-        bench = parts.bench(cfg, store, Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch, store, parts.bench(cfg, store, Path(scratch)) as bench:
         check_space([(cfg, bench.size)], root, folder)
         record = parts.record(cfg, folder, tracker)
         look_at_lengths(cfg, bench)

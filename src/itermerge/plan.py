@@ -276,6 +276,9 @@ class Sketch(Bench):
 
     # what Bench would read
 
+    def _count_devices(self) -> int:
+        return stages.devices_of(self.cfg, self.device)  # those of another machine, it may be
+
     def _build(self, spec: Any) -> Task:
         key = f"task {json.dumps(dataclasses.asdict(spec), sort_keys=True, default=str)}"
         if key not in self.shared:
@@ -501,25 +504,38 @@ class Sketch(Bench):
         exams = [p.asked for e in self.exams for p in e.problems]
         longest = max(len(self.policy.encode_prompt(p)) for p in (*exams, *(p.prompt for p in first)))
         new = max(cfg.sampler.max_new_tokens, self._answer()["max_new_tokens"])
-        rows = min(cfg.sampler.batch_size, max(len(first) * cfg.sampler.n, len(exams)))
-        out = {
-            "sampling": sampling_memory(shape, rows, longest + new, self.dtype, nucleus=cfg.sampler.top_p < 1),
-        }
+        n, strategy = self.devices, cfg.trainer.strategy
+        rows = min(cfg.sampler.batch_size, -(-max(len(first) * cfg.sampler.n, len(exams)) // n))
+        sampling = sampling_memory(shape, rows, longest + new, self.dtype, nucleus=cfg.sampler.top_p < 1)
         prompt = max(len(self.policy.encode_prompt(p.train_prompt)) for p in first)
         width = min(cfg.sft.max_length, prompt + cfg.sampler.max_new_tokens)
         trained = shape.weights if cfg.model.lora.rank is None else adapter_weights(self.policy.model, cfg.model.lora)
+<<<<<<< HEAD
         out["fine-tuning"] = fit_memory(
             shape, min(cfg.sft.batch_size, len(first) * cfg.sampler.n), width, cfg.sampler.max_new_tokens,
             self.precision, trained, cfg.trainer.gradient_checkpointing, bool(cfg.sft.kl_to_base),
+=======
+        rows = -(-min(cfg.sft.batch_size, len(first) * cfg.sampler.n) // n)
+        fitting = fit_memory(
+            shape, rows, width, cfg.sampler.max_new_tokens, self.precision, trained, cfg.trainer.gradient_checkpointing,
+            LOGITS if n == 1 or strategy == "ddp" else 1 << 62,
+>>>>>>> h_devices
         )  # fmt: skip
         if cfg.sft.kl_to_base or cfg.sft.l2_to_base:
-            out["fine-tuning"]["base"] = 4 * shape.weights
+            fitting["base"] = 4 * shape.weights
+        out = {"sampling": sampling, "fine-tuning": fitting}
+        if n > 1:
+            each = f"on each of {n} devices"
+            fitting = spread(fitting, shape, n) if strategy == "fsdp" else fitting
+            out = {f"sampling {each}": sampling_copy_alone(sampling), f"fine-tuning {each} ({strategy})": fitting}
         models = {"base": 4 * shape.weights, "a model that is read": 4 * shape.weights}
         if getattr(cfg.merge, "anchor", "base") != "base":
             models["anchor"] = 4 * shape.weights * (cfg.rounds + 1 if cfg.merge.anchor == "mean" else 1)
         if cfg.analysis.kl_n:
             tokens = sum(self.policy.length_of(p.gold) for _, ps in self._ood_items(cfg.analysis.kl_n) for p in ps)
             models["base's predictions"] = 4 * min(stages.KEPT_NUMBERS, tokens * shape.vocab)
+        if n > 1:  # each reads the whole model, before it is moved to its device or spread
+            models[f"{n} processes that read it"] = n * 4 * shape.weights
         out["kept on the CPU"] = models
         return out
 
@@ -590,6 +606,7 @@ def sampling_memory(shape: Shape, rows: int, positions: int, dtype: str, *, nucl
 
 
 def fit_memory(
+<<<<<<< HEAD
     shape: Shape,
     rows: int,
     width: int,
@@ -599,13 +616,23 @@ def fit_memory(
     checkpointing: bool = False,
     compared: bool = False,
 ) -> dict[str, int]:
+=======
+    shape: Shape, rows: int, width: int, predicted: int, precision: str, trained: int, checkpointing: bool = False,
+    at_once: int = LOGITS,
+) -> dict[str, int]:  # fmt: skip
+>>>>>>> h_devices
     """Bytes by part, roughly, of a step on `rows` texts of `width` tokens, `predicted` of which get logits; `trained`
     weights have gradients and Adam's two moments.
 
     A block of Llama's kind keeps for the backward pass, of a token: its two norms' inputs and outputs in float32, and
     what its products and the attention read, in their precision (a float32 input is cast once for each product).
+<<<<<<< HEAD
     Under `checkpointing` all blocks but one keep their inputs alone. Of many logits, `packing.LOGITS` are in memory at
     once, where the head is plain, as it mostly is; all of them, and as many, where they are `compared` to the base's.
+=======
+    Under `checkpointing` all blocks but one keep their inputs alone. Of many logits, `at_once` are in memory at once,
+    where the model has a plain head, as most have.
+>>>>>>> h_devices
     """
     size = 4 if precision == "32-true" else 2
     inputs = 2 if size == 4 else 5
@@ -617,8 +644,30 @@ def fit_memory(
         "weights": 4 * shape.weights, "gradients": 4 * trained, "Adam's moments": 8 * trained,
         "weights as products take them": 2 * (shape.body + shape.head) if size == 2 else 0,
         "activations": rows * width * kept,
+<<<<<<< HEAD
         "logits": logits * (size + 8),  # float32 and their gradient
+=======
+        "logits": min(logits, at_once) * (size + 8),  # float32 and their gradient
+>>>>>>> h_devices
     }  # fmt: skip
+
+
+def sampling_copy_alone(parts: Mapping[str, int]) -> dict[str, int]:
+    """`sampling_memory` where the float32 weights stay on the CPU, as in a group's processes."""
+    copied = parts["copy that samples"]
+    return {
+        "weights": copied or parts["weights"], "KV cache": parts["KV cache"],
+        "logits and draws": parts["logits and draws"],
+    }  # fmt: skip
+
+
+def spread(parts: Mapping[str, int], shape: Shape, n: int) -> dict[str, int]:
+    """`fit_memory` where weights, gradients and moments are spread over `n` devices (FSDP2). At a time a device has two
+    blocks of the others' weights and the gradients of one, and those outside of the blocks."""
+    kept = {"weights", "gradients", "Adam's moments"}
+    block, rest = shape.body // shape.layers, shape.weights - shape.body
+    shared = {name: -(-size // n) if name in kept else size for name, size in parts.items()}
+    return {**shared, "gathered from the others": 4 * (3 * block + 2 * rest)}
 
 
 def adapter_weights(model: Any, lora: Any) -> int:

@@ -21,8 +21,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader, Dataset
 from transformers import DynamicCache
 
@@ -71,6 +73,7 @@ class FitSpec:
     l2_to_base: float = 0.0  # times half the squared distance of the weights from the base
     kl_to_base: float = 0.0  # times KL(tuned || base), nats a completion token
     patience: int | None = None  # epochs without a better score; the best epoch's weights are kept
+    strategy: str = "single"  # single | ddp | fsdp: how `devices` processes share a fit (`devices.Group`)
 
 
 @dataclass(frozen=True)
@@ -144,8 +147,24 @@ def cut(examples: Sequence[Example]) -> list[list[Example]]:
     return pieces[::-1]
 
 
+def part_of(examples: Sequence[Example], rank: int, n: int, pad_id: int, uncut: bool = False) -> dict[str, Any]:
+    """As `batch_of`, of the examples of a batch that process `rank` of `n` has, in one piece where `uncut`; `tokens`
+    are those of the whole batch. Lengths are dealt out evenly. A process that gets nothing has an example that counts
+    nothing, so that it takes part in what all processes do together."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    dealt = [examples[i] for i in sorted(order[rank::n])]
+    tokens = sum(len(e.completion) - (not e.prompt) for e in examples)  # nothing comes before a first token
+    mine = dealt or examples[:1]
+    batch = {"pieces": [collate(mine, pad_id)]} if uncut else batch_of(mine, pad_id)
+    return {**batch, "tokens": tokens if dealt else math.inf}
+
+
 class LanguageModel(pl.LightningModule):
-    """The LM for fine-tuning: mean cross-entropy a completion token (nats), AdamW, warm-up and schedule by step."""
+    """The LM for fine-tuning: mean cross-entropy a completion token (nats), AdamW, warm-up and schedule by step.
+
+    Where several processes share a fit, `losses` and `kl` are what each adds to the mean over the tokens of all; their
+    gradients, which the strategy averages, count as many times as there are processes.
+    """
 
     def __init__(
         self, model: Any, spec: FitSpec, steps: int, base: Any = None, packed: bool = False, chunked: bool = False
@@ -172,7 +191,8 @@ class LanguageModel(pl.LightningModule):
         else:
             with torch.no_grad():
                 before = [logits for logits, _ in predictions(base, pieces, self.packed)] if base else []
-            for i, (logits, targets) in enumerate(predictions(self.model, pieces, self.packed)):
+            apart = self.spec.strategy == "fsdp"  # its processes are to call the model as often as one another
+            for i, (logits, targets) in enumerate(predictions(self.model, pieces, self.packed, apart=apart)):
                 loss = loss + token_loss(logits, targets, "sum") / tokens
                 if base:
                     kl = kl + token_divergence(logits, before[i], targets, "sum") / tokens
@@ -186,7 +206,17 @@ class LanguageModel(pl.LightningModule):
         if base:
             self.kl.append(float(kl.detach()))
             loss = loss + self.spec.kl_to_base * kl
-        return loss
+        return loss * self.spec.devices
+
+    def configure_model(self) -> None:
+        if self.spec.strategy == "fsdp" and not isinstance(self.model, FSDPModule):  # it may be asked for twice
+            from .analysis.importance import find_blocks
+
+            mesh = self.device_mesh
+            assert mesh is not None
+            for block in find_blocks(self.model):
+                fully_shard(block, mesh=mesh["data_parallel"])
+            fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         spec = self.spec
@@ -234,12 +264,13 @@ def token_divergence(logits: Tensor, base: Tensor, targets: Tensor, reduction: s
 
 
 def predictions(
-    model: Any, pieces: Sequence[Piece], packed: bool, hidden: bool = False
+    model: Any, pieces: Sequence[Piece], packed: bool, *, hidden: bool = False, apart: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (..., vocabulary), or the `hidden` states before them, where completion tokens are predicted, and these
-    tokens (...): of all pieces at once where the model is `packed`, else piece by piece."""
+    tokens (...): of all pieces at once where the model is `packed`, else piece by piece (`apart`: as in
+    `completion_logits`)."""
     if not packed:
-        yield from (completion_logits(model, piece, hidden) for piece in pieces)
+        yield from (completion_logits(model, piece, hidden=hidden, apart=apart) for piece in pieces)
         return
     shared = 0 if model.training and has_dropout(model) else common(pieces)  # dropout draws for each row
     inputs, where, targets = pack(pieces, shared)
@@ -249,17 +280,17 @@ def predictions(
         yield model(**inputs, logits_to_keep=where).logits[0], targets
 
 
-def completion_logits(model: Any, batch: Piece, hidden: bool = False) -> tuple[Tensor, Tensor]:
+def completion_logits(model: Any, batch: Piece, *, hidden: bool = False, apart: bool = False) -> tuple[Tensor, Tensor]:
     """Logits (rows, columns, vocabulary), or the `hidden` states before them, where labelled tokens are predicted, and
     these tokens (rows, columns).
 
-    Logits are made for their columns alone, and what all rows begin with is computed once; neither changes them or
-    their gradient, rounding apart.
+    Logits are made for their columns alone, and what all rows begin with is computed once, unless rows are to stay
+    `apart`; neither changes them or their gradient, rounding apart.
     """
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     columns = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]  # a column's logits predict the next one
     takes_columns = "logits_to_keep" in inspect.signature(model.forward).parameters
-    shared, cache = shared_columns(model, ids, int(columns[0])), None
+    shared, cache = 0 if apart else shared_columns(model, ids, int(columns[0])), None
     if shared:
         cache = DynamicCache(config=model.config)
         last = {"logits_to_keep": 1} if takes_columns else {}
@@ -424,6 +455,7 @@ def fit(
     spec: FitSpec,
     *,
     seed: int,
+    rank: int = 0,
     callbacks: Sequence[pl.Callback] = (),
     scratch: Path,
     base: Weights | None = None,
@@ -433,8 +465,9 @@ def fit(
     """Trains the policy's weights in place; losses and what else each epoch was like.
 
     The order of the examples and dropout follow `seed`. `base` are the weights that l2_to_base and kl_to_base pull to,
-    `score` measures the policy after an epoch for `patience`. Raises SftError when the loss is not finite or an example
-    is longer than `spec.max_length` tokens, and KeyboardInterrupt when interrupted.
+    `score` measures the policy after an epoch for `patience`. With several devices this is process `rank` of
+    `spec.devices` that do the same, and the losses are its part of those. Raises SftError when the loss is not finite
+    or an example is longer than `spec.max_length` tokens, and KeyboardInterrupt when interrupted.
     """
     longest = max(map(len, examples))
     if longest > min(spec.max_length, policy.context):
@@ -447,14 +480,7 @@ def fit(
     steps = math.ceil(batches / spec.accumulate_grad_batches) * spec.epochs
     device = policy.device
     handler = signal.getsignal(signal.SIGINT)
-    torch.manual_seed(derive_seed(seed, "dropout"))
-    loader = DataLoader(
-        Examples(examples),
-        batch_size=spec.batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(derive_seed(seed, "order")),
-        collate_fn=lambda rows: batch_of(rows, policy.pad_id),
-    )
+    torch.manual_seed(derive_seed(seed, "dropout", *((rank,) if rank else ())))
     before = None
     if spec.kl_to_base:
         assert base is not None
@@ -462,6 +488,16 @@ def fit(
     fold = _adapt(policy.model, spec.lora, derive_seed(seed, "adapter")) if spec.lora else lambda: None
     sample = _sample(examples[0], policy)  # read by the model as it is trained: a head may have an adapter by now
     packed, chunked = can_pack(policy.model, sample), plain_head(policy.model, sample[0]) is not None
+    uncut = False
+    if spec.strategy == "fsdp":  # its processes are to call the model as often as one another, and never a part of it
+        chunked, uncut = False, not packed
+    loader = DataLoader(
+        Examples(examples),
+        batch_size=spec.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(derive_seed(seed, "order")),
+        collate_fn=lambda rows: part_of(rows, rank, spec.devices, policy.pad_id, uncut),
+    )
     module = LanguageModel(policy.model, spec, steps, before, packed, chunked)
     own: list[pl.Callback] = [_Progress(on_progress)]
     if spec.l2_to_base:
@@ -484,12 +520,14 @@ def fit(
             max_epochs=spec.epochs,
             accelerator=spec.accelerator,
             devices=spec.devices,
+            strategy=_strategy(spec),
+            use_distributed_sampler=False,  # each process draws the whole order, and takes its part of each batch
             precision=spec.precision,  # pyright: ignore[reportArgumentType]  # checked by config
             accumulate_grad_batches=spec.accumulate_grad_batches,
             gradient_clip_val=spec.gradient_clip_val or None,
             deterministic=spec.deterministic,
             callbacks=[*own, *callbacks, *filter(None, (best,))],
-            plugins=[LightningEnvironment()],  # one process: not what Lightning would make of a Slurm job's variables
+            plugins=[LightningEnvironment()],  # our own processes: not what Lightning would make of a Slurm job's
             default_root_dir=scratch,
             logger=False,
             enable_checkpointing=False,
@@ -511,12 +549,22 @@ def fit(
             torch.use_deterministic_algorithms(False)
             fold()
             policy.model.eval()
-            policy.model.to(device)  # Lightning leaves the model on the CPU
+            if spec.strategy != "fsdp":  # then its weights are spread over the processes
+                policy.model.to(device)  # Lightning leaves the model on the CPU
     losses, kl = (
         [sum(e) / len(e) for at in range(spec.epochs) if (e := values[at * batches : (at + 1) * batches])]
         for values in (module.losses, module.kl)
     )
     return Fitted(losses, kl, best.scores if best else [], best.epoch if best else len(losses))
+
+
+def _strategy(spec: FitSpec) -> Any:
+    """Lightning's, for processes that are there already."""
+    if spec.strategy == "ddp":
+        return DDPStrategy(forward_sync_buffers=False, gradient_as_bucket_view=True)
+    if spec.strategy == "fsdp":
+        return ModelParallelStrategy(data_parallel_size=spec.devices, tensor_parallel_size=1)
+    return "auto"
 
 
 def _frozen(model: Any, weights: Weights) -> Any:

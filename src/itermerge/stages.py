@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,16 +48,18 @@ from .config import (
     TeacherFile,
     TeacherHF,
     TeacherLab,
+    check_shares,
     is_test_only,
     is_vanilla,
     label,
 )
 from .decoding import Decode, complete
+from .devices import Events, Group, Job
 from .evaluation import Exam
 from .harness import HarnessExam, harness_scores
 from .policy import Policy, check_folder, eos_ids_of
 from .rules import method_of, source_of
-from .sft import Example, FitSpec, LoraSpec, SftError, fit, short_enough
+from .sft import Example, FitSpec, Fitted, LoraSpec, SftError, fit, short_enough
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
 from .tasks import Problem, Task, TaskError, check_disjoint, check_gold, derive_seed, verify_all
 from .tasks.contamination import Evaluated
@@ -68,6 +71,7 @@ from .weights import (
     PolicyError,
     Weights,
     digest_weights,
+    mean_of,
     place_of,
     read_weights,
     resolve,
@@ -209,6 +213,20 @@ def device_of(accelerator: str) -> str:
     return "cuda"
 
 
+def devices_of(cfg: Root, device: str, there: int | None = None) -> int:
+    """How many devices a run has: processes that sample and fit. `there` are the GPUs, where that is known and no more
+    than these may be asked for. Raises ConfigError."""
+    if cfg.trainer.strategy == "single":
+        return 1
+    n = cfg.trainer.devices
+    if n == "auto":
+        n = torch.cuda.device_count() if device == "cuda" else 2
+        check_shares(cfg, n)
+    if there is not None and n > there:
+        raise ConfigError(f"trainer.devices: {n} were asked for, and torch finds {there} GPUs; use fewer, or auto")
+    return int(n)
+
+
 def fast_at_bfloat16(device: str) -> bool:
     """Whether a GPU or an x86 CPU has instructions for it: what `auto` in sampler.dtype and trainer.precision means."""
     if device == "cuda":
@@ -336,6 +354,10 @@ class Bench:
     def __init__(self, cfg: Root, store: Store, scratch: Path) -> None:
         self.cfg, self.store, self.scratch = cfg, store, scratch
         self.device = device_of(cfg.trainer.accelerator)
+        self.devices = self._count_devices()
+        self.group = None
+        if self.devices > 1:
+            self.group = Group(self.devices, self.device, threads=cfg.threads, scratch=scratch)
         if cfg.model.lora.rank is not None and not find_spec("peft"):
             raise ConfigError("model.lora.rank: adapters need the extra 'lora': pip install 'itermerge[lora]'")
         self.method = merging.LINEAR if isinstance(cfg.merge, MergeNone) else method_of(cfg.merge)
@@ -345,7 +367,9 @@ class Bench:
         of = self.of = Exams(cfg.task, cfg.suite, self._build, self._build_harness)
         self.task, self.exams, self.validation, self.near, self.far = of.task, of.all, of.validation, of.near, of.far
         kinds = sorted({s.kind for s in (cfg.task, *of.ours)})
-        self.sampling = (*SAMPLING, *(file for kind in kinds for file in TASK_FILES[kind]))
+        shared = ("devices.py",) if self.group else ()
+        self.sampling = (*SAMPLING, *shared, *(file for kind in kinds for file in TASK_FILES[kind]))
+        self.fitting = (*FITTING, *shared)
         self.evaluated = Evaluated((p.text for e in self.exams for p in e.problems), cfg.task.decontaminate or 1)
         self.decontaminated: dict[str, int] = {}  # training problems left out as exact and ngram, of how many drawn
         self._practised: dict[tuple[object, ...], list[Problem]] = {}
@@ -370,6 +394,16 @@ class Bench:
         self._check_ratios()
         self._base_logs: list[list[torch.Tensor]] | None = None
         self._check_lengths()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.group:
+            self.group.close()
+
+    def _count_devices(self) -> int:
+        return devices_of(self.cfg, self.device, torch.cuda.device_count() if self.device == "cuda" else None)
 
     def _read_files(self) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
         """The examples of sft.replay, and the solutions of teacher=file by problem id and by question."""
@@ -419,8 +453,8 @@ class Bench:
     def _open(self) -> tuple[Policy, Model, Weights]:
         """The base model as a policy on the device, what the stages call it, and its weights on the CPU."""
         model = self.cfg.model
-        folder, trust = folder_of(model, self.cfg.paths), getattr(model, "trust_remote_code", False)
-        policy = Policy(folder, trust_remote_code=trust, device=self.device)
+        folder = folder_of(model, self.cfg.paths)
+        policy = Policy(folder, trust_remote_code=self._trusts(), device=self.device)
         self.extras = _extras_digest(folder)
         base = Model(folder, self._digest(policy.weights()))
         return policy, base, {k: v.to("cpu").clone() for k, v in policy.weights().items()}
@@ -441,8 +475,7 @@ class Bench:
 
     def _teacher_reader(self, teacher: Model) -> Policy:
         """What reads the prompts in the teacher's place, before it is loaded. Raises PolicyError."""
-        trust = isinstance(self.cfg.teacher, TeacherHF) and self.cfg.teacher.trust_remote_code
-        return Reader(teacher.folder, trust_remote_code=trust)
+        return Reader(teacher.folder, trust_remote_code=self._trusts(teacher))
 
     def _check_lengths(self) -> None:
         """Raises TaskError, naming the task, when prompts of any round leave no room for an answer, PolicyError when
@@ -678,33 +711,20 @@ class Bench:
         ratios = {epoch: self._ratios(now, epoch) for epoch in inner}
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            callbacks = []
-            if inner:  # first: anchors that were dropped are computed again with the same policy
-                callbacks = [
-                    merging.MergeCallback(
-                        now.anchor.weights(), method=self.method, at=inner, ratios=ratios, seed=self._mask_seed(now),
-                        reset_optimizer=self._merge_config().reset_optimizer,
-                    )
-                ]  # fmt: skip
-            policy = self._load(now.start)
-            self.loaded = ""  # from here on the policy's weights are in between
-            rows = [
-                Example(policy.encode_prompt(e["prompt"]), policy.encode_completion(e["completion"])) for e in examples
-            ]
+            events: dict[str, Any] | None = None
+            if inner:
+                events = {"method": self.method, "at": inner, "ratios": ratios, "seed": self._mask_seed(now),
+                          "reset_optimizer": self._merge_config().reset_optimizer}  # fmt: skip
+            rows = self._examples((e["prompt"], e["completion"]) for e in examples)
             try:
                 if cfg.sft.too_long == "drop":
-                    rows = short_enough(rows, min(spec.max_length, policy.context))
+                    rows = short_enough(rows, min(spec.max_length, self.policy.context))
                 total = -(-len(rows) // spec.batch_size) * spec.epochs
                 with progress(f"round {now.number}: fine-tuning", total) as tick:
-                    fitted = fit(
-                        policy, rows, spec, seed=seed, callbacks=callbacks, scratch=self.scratch,
-                        base=self.base_weights if towards else None, on_progress=tick,
-                        score=partial(self._accuracy, policy, stop_on) if stop_on else None,
-                    )  # fmt: skip
+                    one = self._fit_on_devices if self.group else self._fit_here
+                    fitted, digest = one(folder, rows, spec, now, seed, events, towards, stop_on, tick)
             except SftError as error:
                 raise SftError(f"round {now.number}: {error}") from error
-            write_folder(folder, policy.weights(), self.base.folder)
-            digest = self.loaded = self._digest(policy.weights())
             dropped = len(examples) - len(rows)
             return {"digest": digest, "replayed": len(replayed), "dropped": dropped, **dataclasses.asdict(fitted)}
 
@@ -715,17 +735,62 @@ class Bench:
                 "reset": self._merge_config().reset_optimizer, **self._merge_key(now),
             }  # fmt: skip
         inputs = {
-            "start": now.start.digest, "examples": _digest_json(examples), "spec": dataclasses.asdict(spec),
+            "start": now.start.digest, "examples": _digest_json(examples), "spec": _spec_key(spec),
             "events": events, "seed": seed, "base": towards.digest if towards else None,
             "too_long": cfg.sft.too_long,
         }  # fmt: skip
         if stop_on:
             inputs |= {"items": _ids(stop_on.problems), "task": task_key(cfg.task), "how": self._answer()}
             inputs |= self._dtype()
-        modules = (*FITTING, *self.sampling) if stop_on else FITTING
+        modules = (*self.fitting, *self.sampling) if stop_on else self.fitting
         stage = partial(self.store.stage, "fit", inputs, compute, modules=modules)
         made = stage()
         return Model(made.folder, made.facts["digest"], partial(stage, whole=True)), made
+
+    def _fit_here(
+        self, folder: Path, rows: Sequence[Example], spec: FitSpec, now: Round, seed: int,
+        events: Mapping[str, Any] | None, towards: Model | None, stop_on: Exam | None, tick: Callable[[int], None],
+    ) -> tuple[Fitted, str]:  # fmt: skip
+        """What a fit was like, and the digest of the weights that it leaves in the policy and in the folder."""
+        # first: anchors that were dropped are computed again with the same policy
+        callbacks = [merging.MergeCallback(now.anchor.weights(), **events)] if events else []
+        policy = self._load(now.start)
+        self.loaded = ""  # from here on the policy's weights are in between
+
+        def score() -> float:
+            assert stop_on is not None
+            with self._decoding(policy) as decode:
+                return self._accuracy(decode, stop_on)
+
+        fitted = fit(
+            policy, rows, spec, seed=seed, callbacks=callbacks, scratch=self.scratch,
+            base=self.base_weights if towards else None, on_progress=tick, score=score if stop_on else None,
+        )  # fmt: skip
+        write_folder(folder, policy.weights(), self.base.folder)
+        self.loaded = self._digest(policy.weights())
+        return fitted, self.loaded
+
+    def _fit_on_devices(
+        self, folder: Path, rows: Sequence[Example], spec: FitSpec, now: Round, seed: int,
+        events: Mapping[str, Any] | None, towards: Model | None, stop_on: Exam | None, tick: Callable[[int], None],
+    ) -> tuple[Fitted, str]:  # fmt: skip
+        """The same by the processes of the group; the policy stays as it is."""
+        self._leave_device()
+        score = None if stop_on is None else lambda decode: self._accuracy(decode, stop_on)
+        anchors = now.anchor.models if events else []
+
+        def run(folders: Sequence[Path]) -> Fitted:
+            assert self.group is not None
+            start, *anchor = folders
+            job = Job(
+                start, self._trusts(), rows, spec, seed, folder, self.base.folder,
+                base=towards.folder if towards else None, events=Events(anchor, events) if events else None,
+                dtype=self.dtype,
+            )  # fmt: skip
+            return self.group.fit(job, score=score, on_progress=tick)
+
+        fitted = self._with_folders([now.start, *anchors], run)
+        return fitted, self._digest(Checkpoint(folder))
 
     def _replayed(self, n: int, number: int) -> list[dict[str, str]]:
         """Examples of sft.replay, such that they are sft.replay_share of a fit's; as many as the file has."""
@@ -741,9 +806,8 @@ class Bench:
                 log.warning("sft.replay: %d examples were wanted, %s has %d", wanted, sft.replay, len(pairs))
         return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
 
-    def _accuracy(self, policy: Policy, exam: Exam) -> float:
-        with self._decoding(policy) as decode:
-            scores = evaluation.greedy_scores(decode, [exam], on_progress=lambda _: None, **self._answer())
+    def _accuracy(self, decode: Decode, exam: Exam) -> float:
+        scores = evaluation.greedy_scores(decode, [exam], on_progress=lambda _: None, **self._answer())
         return sum(scores[exam.label]["correct"]) / len(exam.problems)
 
     def merge(self, tuned: Model, now: Round) -> Merged:
@@ -1065,6 +1129,12 @@ class Bench:
                     raise
         raise FileNotFoundError(f"{model.folder}: other runs keep dropping its weights; use store.keep=all")
 
+    def _with_folders(self, models: Sequence[Model], use: Callable[[list[Path]], T]) -> T:
+        """use(folders of the models), as `with_weights`."""
+        if not models:
+            return use([])
+        return self.with_weights(models[0], lambda at: self._with_folders(models[1:], lambda rest: use([at, *rest])))
+
     def _stream(self, model: Model) -> Weights:
         return self.base_weights if model.digest == self.base.digest else self.with_weights(model, Checkpoint)
 
@@ -1105,6 +1175,8 @@ class Bench:
         return self._base_logs
 
     def _load(self, model: Model) -> Policy:
+        if self.group:
+            self.policy.model.to(self.device)
         if self.loaded != model.digest:
             self.policy.set_weights(self._weights(model))
             self.loaded = model.digest
@@ -1113,22 +1185,45 @@ class Bench:
     @contextmanager
     def _decoder(self, model: Model) -> Iterator[Decode]:
         """What completes prompts with `model`."""
+        if self.group:
+            yield self.with_weights(model, partial(self._load_on_devices, trust=self._trusts(model)))
+            return
         with self._sampler(model) as policy:
             yield partial(complete, policy)
 
     @contextmanager
     def _decoding(self, policy: Policy) -> Iterator[Decode]:
         """What completes prompts with the policy as it is."""
+        if self.group:
+            with tempfile.TemporaryDirectory(dir=self.scratch) as made:
+                write_folder(Path(made), policy.weights(), self.base.folder)
+                yield self._load_on_devices(Path(made), self._trusts())
+            return
         with in_dtype(policy, getattr(torch, self.dtype)) as copy_:
             yield partial(complete, copy_)
 
     def _sampler(self, model: Model) -> Any:
         """`model` as a policy in sampler.dtype."""
         if model is self.teacher:
-            trust = isinstance(self.cfg.teacher, TeacherHF) and self.cfg.teacher.trust_remote_code
-            other = Policy(model.folder, trust_remote_code=trust, device=self.device)
+            other = Policy(model.folder, trust_remote_code=self._trusts(model), device=self.device)
             return in_dtype(other, getattr(torch, self.dtype))
         return in_dtype(self._load(model), getattr(torch, self.dtype))
+
+    def _load_on_devices(self, folder: Path, trust: bool) -> Decode:
+        assert self.group is not None
+        self._leave_device()
+        return self.group.load(folder, dtype=self.dtype, trust_remote_code=trust)
+
+    def _leave_device(self) -> None:
+        """Makes room on a GPU for the group's processes; `_load` comes back."""
+        if self.device == "cuda":
+            self.policy.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def _trusts(self, model: Model | None = None) -> bool:
+        """Whether code in the folder of the model, or of the teacher, may run."""
+        of = self.cfg.teacher if model is not None and model is self.teacher else self.cfg.model
+        return getattr(of, "trust_remote_code", False)
 
     def _decode(self) -> dict[str, Any]:
         return {"max_new_tokens": self.cfg.sampler.max_new_tokens, "batch_size": self.cfg.sampler.batch_size}
@@ -1138,8 +1233,9 @@ class Bench:
         own = self.of.max_new_tokens
         return self._decode() | ({} if own is None else {"max_new_tokens": own})
 
-    def _dtype(self) -> dict[str, str]:
-        return {"dtype": self.dtype}
+    def _dtype(self) -> dict[str, Any]:
+        """What else decides rounding: of several devices, each has batches of its own."""
+        return {"dtype": self.dtype} | ({"devices": self.devices} if self.devices > 1 else {})
 
     def _merge_config(self) -> MergeEvents:
         assert isinstance(self.cfg.merge, MergeEvents)
@@ -1229,11 +1325,12 @@ class Bench:
         return FitSpec(
             epochs=sft.epochs, lr=sft.lr, batch_size=sft.batch_size, schedule=sft.schedule,
             warmup_ratio=sft.warmup_ratio, weight_decay=sft.weight_decay, betas=(sft.beta1, sft.beta2),
-            max_length=sft.max_length, accelerator="gpu" if self.device == "cuda" else "cpu", devices=1,
+            max_length=sft.max_length, accelerator="gpu" if self.device == "cuda" else "cpu", devices=self.devices,
             precision=self.precision, accumulate_grad_batches=trainer.accumulate_grad_batches,
             gradient_checkpointing=trainer.gradient_checkpointing,
             gradient_clip_val=trainer.gradient_clip_val, deterministic=trainer.deterministic, lora=self._lora(),
             l2_to_base=sft.l2_to_base, kl_to_base=sft.kl_to_base, patience=sft.patience,
+            strategy=trainer.strategy if self.devices > 1 else "single",
         )  # fmt: skip
 
     def _lora(self) -> LoraSpec | None:
@@ -1252,10 +1349,7 @@ class Anchor:
         self.digest = self.models[0].digest if len(self.models) == 1 else _digest_json([m.digest for m in self.models])
 
     def weights(self) -> Weights:
-        read = [self.bench._weights(m) for m in self.models]
-        if len(read) == 1:
-            return read[0]
-        return {name: torch.stack([w[name].float() for w in read]).mean(0) for name in read[0]}
+        return mean_of([self.bench._weights(m) for m in self.models])
 
 
 @contextmanager
@@ -1285,6 +1379,11 @@ class in_dtype:
 
     def __exit__(self, *_: object) -> None:
         self.policy.model = self.own
+
+
+def _spec_key(spec: FitSpec) -> dict[str, Any]:
+    """What of a spec decides a fit; of one device, there is no strategy."""
+    return {k: v for k, v in dataclasses.asdict(spec).items() if k != "strategy" or spec.devices > 1}
 
 
 def _compact(ratio: Ratio) -> Ratio:

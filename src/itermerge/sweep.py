@@ -140,38 +140,58 @@ def failed_before(folder: Path) -> str | None:
     return next((d.name for d in jobs if mark_of(d) == "FAILED"), None)
 
 
-# --- one GPU for each job ------------------------------------------------------------------------------------------
+# --- GPUs of its own for each job ----------------------------------------------------------------------------------
 
-_gpu: Any = None  # the lock of the GPU that this process has taken; CUDA lets a process choose once
+_held: dict[str, Any] = {}  # the locks of the GPUs that this process has taken; CUDA lets a process choose once
 
 
-def take_gpu(wanted: Any, poll: float = 1.0) -> str | None:
-    """Takes one of the GPUs for this process alone and makes it the only visible one; waits while all are taken.
+def take_gpu(wanted: Any, n: int = 1, poll: float = 1.0) -> str | None:
+    """Takes `n` of the GPUs for this process alone and makes them the only visible ones; waits while too few are free.
 
     Must come before torch touches CUDA. `wanted` is `sweep.gpus`: None, "all", or a list of numbers. A process keeps
-    its GPU until it ends, whichever way. Raises ConfigError when there is none.
+    its GPUs until it ends, whichever way. Raises ConfigError when there are not so many.
     """
-    global _gpu
     if wanted is None:
         return None
-    if _gpu is not None:
+    if _held:
+        if len(_held) < n:
+            raise ConfigError(
+                f"trainer.devices: {n}, and this worker of the sweep has taken {len(_held)} GPUs for the jobs before; "
+                "sweep over trainer.devices in sweeps of their own"
+            )
         return os.environ["CUDA_VISIBLE_DEVICES"]
     choice = gpus(wanted)
+    if n > len(choice):
+        raise ConfigError(f"trainer.devices: {n} for each job, and sweep.gpus has {len(choice)}; use fewer")
     home = Path(tempfile.gettempdir()) / f"itermerge-gpus-{os.getuid()}"
     home.mkdir(exist_ok=True)
     for attempt in range(10**9):
-        for gpu in choice:
-            lock = lock_file(home / f"{gpu}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            _gpu, os.environ["CUDA_VISIBLE_DEVICES"] = lock, gpu
-            return gpu
+        with lock_file(home / "choice.lock"):  # or two jobs might each hold what the other lacks
+            _held.update(_take(home, choice, n))
+        if _held:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_held)
+            return os.environ["CUDA_VISIBLE_DEVICES"]
         if attempt == 0:
-            log.info("GPUs %s are all taken by other jobs; waiting for one", ", ".join(choice))
+            log.info("of GPUs %s too many are taken by other jobs; waiting for %d", ", ".join(choice), n)
         time.sleep(poll)
     return None
+
+
+def _take(home: Path, choice: Sequence[str], n: int) -> dict[str, Any]:
+    """The locks of the first `n` GPUs that are free; of none, where there are fewer."""
+    held: dict[str, Any] = {}
+    for gpu in choice:
+        lock = lock_file(home / f"{gpu}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        held[gpu] = lock
+        if len(held) == n:
+            return held
+    for lock in held.values():
+        lock.release()
+    return {}
 
 
 def gpus(wanted: Any) -> list[str]:

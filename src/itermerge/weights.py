@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +257,13 @@ def write_folder(folder: Path, weights: Weights, like: Path, dtype: torch.dtype 
     tensors = {k: weights[k].detach().to("cpu", dtype).contiguous() for k in sorted(weights)}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner alone
+
+
+def mean_of(models: Sequence[Weights]) -> Weights:
+    """The mean of each tensor, in float32; of one model, its weights themselves."""
+    if len(models) == 1:
+        return models[0]
+    return {name: torch.stack([w[name].float() for w in models]).mean(0) for name in models[0]}
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
