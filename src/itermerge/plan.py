@@ -510,16 +510,10 @@ class Sketch(Bench):
         prompt = max(len(self.policy.encode_prompt(p.train_prompt)) for p in first)
         width = min(cfg.sft.max_length, prompt + cfg.sampler.max_new_tokens)
         trained = shape.weights if cfg.model.lora.rank is None else adapter_weights(self.policy.model, cfg.model.lora)
-<<<<<<< HEAD
-        out["fine-tuning"] = fit_memory(
-            shape, min(cfg.sft.batch_size, len(first) * cfg.sampler.n), width, cfg.sampler.max_new_tokens,
-            self.precision, trained, cfg.trainer.gradient_checkpointing, bool(cfg.sft.kl_to_base),
-=======
         rows = -(-min(cfg.sft.batch_size, len(first) * cfg.sampler.n) // n)
         fitting = fit_memory(
             shape, rows, width, cfg.sampler.max_new_tokens, self.precision, trained, cfg.trainer.gradient_checkpointing,
-            LOGITS if n == 1 or strategy == "ddp" else 1 << 62,
->>>>>>> h_devices
+            compared=bool(cfg.sft.kl_to_base), whole=strategy == "fsdp",
         )  # fmt: skip
         if cfg.sft.kl_to_base or cfg.sft.l2_to_base:
             fitting["base"] = 4 * shape.weights
@@ -606,49 +600,29 @@ def sampling_memory(shape: Shape, rows: int, positions: int, dtype: str, *, nucl
 
 
 def fit_memory(
-<<<<<<< HEAD
-    shape: Shape,
-    rows: int,
-    width: int,
-    predicted: int,
-    precision: str,
-    trained: int,
-    checkpointing: bool = False,
-    compared: bool = False,
-) -> dict[str, int]:
-=======
     shape: Shape, rows: int, width: int, predicted: int, precision: str, trained: int, checkpointing: bool = False,
-    at_once: int = LOGITS,
+    *, compared: bool = False, whole: bool = False,
 ) -> dict[str, int]:  # fmt: skip
->>>>>>> h_devices
     """Bytes by part, roughly, of a step on `rows` texts of `width` tokens, `predicted` of which get logits; `trained`
     weights have gradients and Adam's two moments.
 
     A block of Llama's kind keeps for the backward pass, of a token: its two norms' inputs and outputs in float32, and
     what its products and the attention read, in their precision (a float32 input is cast once for each product).
-<<<<<<< HEAD
     Under `checkpointing` all blocks but one keep their inputs alone. Of many logits, `packing.LOGITS` are in memory at
-    once, where the head is plain, as it mostly is; all of them, and as many, where they are `compared` to the base's.
-=======
-    Under `checkpointing` all blocks but one keep their inputs alone. Of many logits, `at_once` are in memory at once,
-    where the model has a plain head, as most have.
->>>>>>> h_devices
+    once, where the head is plain, as it mostly is; all of them where they are wanted `whole`, and as many again where
+    they are `compared` to the base's.
     """
     size = 4 if precision == "32-true" else 2
     inputs = 2 if size == 4 else 5
     block = 16 * shape.hidden + size * (inputs * shape.hidden + 2 * shape.width + 2 * shape.kv + 4 * shape.ffn)
     kept = block + (shape.layers - 1) * 4 * shape.hidden if checkpointing else shape.layers * block
     logits = rows * min(predicted, width) * shape.vocab
-    logits = 2 * logits if compared else min(logits, LOGITS)
+    logits = 2 * logits if compared else logits if whole else min(logits, LOGITS)
     return {
         "weights": 4 * shape.weights, "gradients": 4 * trained, "Adam's moments": 8 * trained,
         "weights as products take them": 2 * (shape.body + shape.head) if size == 2 else 0,
         "activations": rows * width * kept,
-<<<<<<< HEAD
         "logits": logits * (size + 8),  # float32 and their gradient
-=======
-        "logits": min(logits, at_once) * (size + 8),  # float32 and their gradient
->>>>>>> h_devices
     }  # fmt: skip
 
 
