@@ -80,6 +80,7 @@ def ours(policy: Policy, examples: Sequence[Example], scratch: Path) -> tuple[fl
 def by_trl(setting: str, policy: Policy, examples: Sequence[Example], scratch: Path) -> tuple[float, float, float]:
     """The same of `train`; packing is done before."""
     import datasets
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     datasets.disable_progress_bars()
@@ -101,6 +102,7 @@ def by_trl(setting: str, policy: Policy, examples: Sequence[Example], scratch: P
     trainer = SFTTrainer(
         model=policy.model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=policy.tokenizer
     )
+    trainer.remove_callback(PrinterCallback)
     began, busy = time.perf_counter(), time.process_time()
     loss = trainer.train().training_loss
     return time.perf_counter() - began, time.process_time() - busy, loss
@@ -130,6 +132,7 @@ def peak(name: str, workload: str, threads: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=("short", "long"), default=("short", "long"))
+    parser.add_argument("--examples", type=int, help="of each workload, at most (default: all)")
     parser.add_argument("--trials", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", choices=("ours", *TRL), help="train once so and print nothing: for the memory")
@@ -146,6 +149,7 @@ def main() -> None:
         for workload in args.workloads:
             examples = examples_of(workload, policy)
             random.Random(0).shuffle(examples)
+            examples = examples[: args.examples]
             if args.only:
                 way(args.only)(policy, examples[: 3 * BATCH], scratch)
                 continue
