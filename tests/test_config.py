@@ -139,7 +139,7 @@ BAD = [
     (["trainer.strategy=dp"], r"^trainer\.strategy: 'dp' is none of single, ddp, fsdp"),
     (["trainer=ddp", "trainer.devices=64"], r"^sft\.batch_size: 32 examples a step .* trainer\.devices=64"),
     (["trainer=ddp", "sweep.gpus=all"], r"^trainer\.devices: sweep\.gpus gives jobs GPUs of their own; say how many"),
-    (["trainer=ddp", "trainer.devices=2", "sweep.gpus=[3]"], r"^trainer\.devices: 2 for each job, .* gpus has 1"),
+    (["trainer=ddp", "trainer.devices=2", "sweep.gpus=[3]"], r"^trainer\.devices: 2 for each job, .*gpus has 1"),
     (["trainer=ddp", "experiment=pretrain_lab"], r"^trainer\.strategy: the lab's models are pretrained in one process"),
     (["trainer=fsdp"], r"^merge\.every_n_epochs: .*use merge\.every_n_epochs=last, or trainer=ddp"),
     *((["trainer=fsdp", "merge.every_n_epochs=last", word], rf"^{word.split('=')[0]}: trainer\.strategy=fsdp .*whole")

@@ -173,9 +173,7 @@ def test_ddp_with_merge_events_is_the_fit_of_one(group: Group, lively: Path, tin
 @pytest.mark.parametrize(
     ("precision", "attention"), [("32-true", "sdpa"), ("bf16-mixed", "sdpa"), ("32-true", "eager")]
 )
-def test_fsdp_is_the_fit_of_one_device(
-    precision: str, attention: str, group: Group, lively: Path, tmp_path: Path
-) -> None:
+def test_fsdp_is_the_fit_of_one(precision: str, attention: str, group: Group, lively: Path, tmp_path: Path) -> None:
     """In one row, and, where the model does not take it so, in one piece."""
     model = tmp_path / "model"
     shutil.copytree(lively, model)
@@ -297,7 +295,7 @@ def test_a_run_on_two_devices_has_the_figures_of_one(tmp_path: Path, monkeypatch
     run_here(tmp_path / "two", *QUICK, *TWO, where)
     monkeypatch.setattr(Group, "_start", lambda _: pytest.fail("starts processes"))
     one = run_here(tmp_path / "one", *QUICK, "trainer.accelerator=cpu", "threads=2", where)
-    assert one["stages"]["reused"] == {}  # rounding differs: none of them is shared
+    assert one["stages"]["reused"] == {"importance": 1}  # on the same samples; what rounds otherwise is not shared
     rounds = zip(read_rounds(tmp_path / "two"), read_rounds(tmp_path / "one"), strict=True)
     for mine, theirs in rounds:
         assert mine.keys() == theirs.keys()
