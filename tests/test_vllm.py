@@ -98,7 +98,7 @@ def test_greedy_completions_are_decodings(start: Any, lab: Policy, calls: Any) -
     assert started["options"] == {
         "dtype": "float32", "max_num_seqs": 3, "max_model_len": -1, "seed": 0, "gpu_memory_utilization": 0.5,
         "enforce_eager": False, "enable_sleep_mode": False, "enable_prefix_caching": True,
-        "load_format": "safetensors", "generation_config": "vllm", "trust_remote_code": False,
+        "load_format": "safetensors", "generation_config": "vllm", "trust_remote_code": False, "block_size": 32,
     }  # fmt: skip
 
 
@@ -247,7 +247,10 @@ def test_the_worker_leaves_when_the_run_dies(calls: Any, monkeypatch: pytest.Mon
         (("sampler.temperature=0.001",), r"^sampler\.temperature: vLLM has none below 0\.01, got 0\.001"),
         (("sampler.between=never",), r"^sampler\.between: 'never' is none of auto, sleep, stop, keep"),
         (("sampler.gpu_memory_utilization=1.2",), r"^sampler\.gpu_memory_utilization: must be at most 1"),
-        (("sft.patience=1", "model.lora.rank=2"), r"^sft\.patience: vLLM reads whole weights"),
+        (
+            ("sft.patience=1", "model.lora.rank=2", "merge.every_n_epochs=last"),
+            r"^sft\.patience: vLLM reads whole weights",
+        ),
     ],
 )
 def test_configs_that_vllm_cannot_run(words: tuple[str, ...], said: str) -> None:
@@ -265,7 +268,12 @@ def test_analyze_samples_in_its_own_process() -> None:
 
 def test_a_run_samples_and_evaluates_through_vllm(calls: Any, tmp_path: Path) -> None:
     """With the line search and patience, whose models are in memory alone; the rest of the loop is as ever."""
-    more = ("sft.patience=1", "merge.policy.search=[0.5,1.0]", f"store.dir={tmp_path}/store")
+    more = (
+        "sft.patience=1",
+        "merge.every_n_epochs=last",
+        "merge.policy.search=[0.5,1.0]",
+        f"store.dir={tmp_path}/store",
+    )
     summary = run_here(tmp_path / "vllm", *VLLM, *more)
     (started,) = calls("start")
     assert gone(started["pid"])
@@ -274,7 +282,7 @@ def test_a_run_samples_and_evaluates_through_vllm(calls: Any, tmp_path: Path) ->
     assert [line["train_sample/examples"] > 0 for line in rounds[1:]] == [True, True]
     assert not [name for line in rounds for name in line if "token_entropy" in name]
     assert all("diversity/fixed_text_entropy" in line and "diversity/self_bleu" in line for line in rounds)
-    assert summary["stages"]["reused"] == 0
+    assert summary["stages"]["reused"] == {}
 
     # round 0 is greedy on the same weights: with the built-in sampler it has the same scores, under other keys
     run_here(tmp_path / "hf", *more, "rounds=1")
@@ -285,10 +293,10 @@ def test_a_run_samples_and_evaluates_through_vllm(calls: Any, tmp_path: Path) ->
     # once more, all of it is found and nothing is started; without the store it comes out the same
     asked = len(calls())
     again = run_here(tmp_path / "again", *VLLM, *more)
-    assert again["stages"]["computed"] == 0
+    assert again["stages"]["computed"] == {}
     assert len(calls()) == asked
     fresh = run_here(tmp_path / "fresh", *VLLM, *more[:-1], "store=none")
-    assert fresh["stages"]["computed"] > 0
+    assert fresh["stages"]["reused"] == {}
     assert deterministic_set(tmp_path / "fresh") == deterministic_set(tmp_path / "vllm")
 
 

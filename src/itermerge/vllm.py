@@ -143,6 +143,8 @@ class Engine:
             "generation_config": "vllm",  # not the model's own temperature and penalties
             "trust_remote_code": trust_remote_code,
         }  # fmt: skip
+        if spec.device == "cpu":
+            options["block_size"] = 32  # of its own 128 tokens, a shorter prompt is shared by no two samples
         self.process = _Process(_python(spec.python), env, self.scratch / "vllm.log")
         found = self._ask("start", model=str(folder), options=options)
         if found["device"] != spec.device:
