@@ -3,13 +3,14 @@
     python benchmarks/vllm.py --python ENV/bin/python [--model lab|smollm2] [--dtype float32] [--trials 3] [--threads 1]
 
 ENV has vLLM (its CPU build). Interleaved, by the calls of a run; greedy, so that both do the same work,
-and their texts are compared; before and after vLLM was given other weights and these again. Prints tokens a second,
-seconds to start and to load, and the ratio.
+and their texts are compared; before and after vLLM was given other weights and these again. Prints tokens a second of
+wall time and of CPU time (of all threads: what to read on a busy machine), seconds to start and to load, and the ratio.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -22,6 +23,12 @@ from itermerge import vllm
 from itermerge.decoding import complete
 from itermerge.stages import in_dtype
 from itermerge.weights import write_folder
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far, its threads' together."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -43,35 +50,40 @@ def main() -> None:
             args.python, "cpu", args.dtype, args.threads, rows, args.memory, "keep", args.eager, False, 600
         )
         engine = vllm.Engine(spec, scratch)
-        others = {name: w.flip(0) for name, w in policy.weights().items()}
-        write_folder(scratch / "other", others, policy.folder)
+        write_folder(scratch / "other", {n: w.flip(0) for n, w in policy.weights().items()}, policy.folder)
         began = time.perf_counter()
         engine.load(policy.folder, policy)
         print(f"vLLM {vllm.about(args.python)['vllm']}: {time.perf_counter() - began:.1f} s to start")
+        assert engine.process is not None
+        pids = {"ours": os.getpid(), "vLLM": engine.process.running.pid}
         times: dict[str, list[float]] = {"ours": [], "vLLM": []}
+        worked: dict[str, list[float]] = {"ours": [], "vLLM": []}
         for trial in range(args.trials + 1):  # the first warms up
             for name, decode in (("ours", None), ("vLLM", engine.complete)):
-                began = time.perf_counter()
+                began, before = time.perf_counter(), cpu_s(pids[name])
                 done = decode(prompts, **how) if decode else complete(copied, prompts, **how)
-                times[name] += [time.perf_counter() - began] if trial else []
+                if trial:
+                    times[name].append(time.perf_counter() - began)
+                    worked[name].append(cpu_s(pids[name]) - before)
                 if name == "ours":
                     ours = done
                 else:
                     same = sum(a == b for a, b in zip(ours, done, strict=True)) / len(ours)
         engine.load(scratch / "other", policy)
-        before = engine.complete(prompts[:8], **how)
+        others = engine.complete(prompts[:8], **how)
         began = time.perf_counter()
         engine.load(policy.folder, policy)
         loading = time.perf_counter() - began
         again = engine.complete(prompts, **how)
         engine.close()
     tokens = sum(c.tokens for c in ours)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    for name, seconds in medians.items():
-        print(f"{args.model} {args.dtype}: {name:5s} {tokens / seconds:9.0f} tokens/s")
-    print(f"{args.model} {args.dtype}: ratio to vLLM {medians['vLLM'] / medians['ours']:.2f}, same {100 * same:.1f}%")
+    for what, of in {"wall": times, "CPU": worked}.items():
+        medians = {name: statistics.median(t) for name, t in of.items()}
+        rates = ", ".join(f"{name} {tokens / seconds:.0f} tokens/s" for name, seconds in medians.items())
+        print(f"{args.model} {args.dtype}, {what} time: {rates}, ratio to vLLM {medians['vLLM'] / medians['ours']:.2f}")
+    print(f"{args.model} {args.dtype}: same completions {100 * same:.1f}%")
     kept = sum(a == b for a, b in zip(again, done, strict=True)) / len(done)
-    other = sum(a == b for a, b in zip(before, done, strict=False)) / len(before)
+    other = sum(a == b for a, b in zip(others, done, strict=False)) / len(others)
     print(f"weights loaded in {loading:.2f} s; same texts {100 * kept:.1f}%, with others between {100 * other:.1f}%")
 
 
