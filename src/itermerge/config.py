@@ -32,6 +32,7 @@ COMBINE: Mapping[str, tuple[str, ...]] = {
     "consensus": ("threshold", "agree"), "function": ("function",),
 }  # fmt: skip
 WEIGHTED = ("mean", "sum", "elect")
+COLDEST = 0.01  # temperature that vLLM samples at; it takes lower ones for this one
 
 
 class ConfigError(ValueError):
@@ -204,6 +205,19 @@ class Sampler:
     max_new_tokens: int = knob(ge=1)
     batch_size: int = knob(ge=1)  # rows
     dtype: str = knob(among=("auto", "float32", "bfloat16"))  # of the copy that samples and evaluates
+
+
+@dataclass
+class SamplerVLLM(Sampler):
+    """By vLLM, in a process and perhaps an environment of its own."""
+
+    kind: str = "vllm"
+    python: str | None = MISSING  # of an environment with vllm; null: this one
+    gpu_memory_utilization: float = knob(gt=0, le=1)  # share of the device's memory; on a CPU, of the machine's
+    between: str = knob(among=("auto", "sleep", "stop", "keep"))  # what it does while the run computes without it
+    enforce_eager: bool = MISSING  # neither torch.compile nor CUDA graphs
+    batch_invariant: bool = MISSING  # a draw does not depend on its batch; on some GPUs
+    timeout: float = knob(gt=0)  # seconds, to start or to load weights
 
 
 @dataclass
@@ -552,7 +566,7 @@ KINDS: Mapping[str, Mapping[str, type]] = {
     "program": {"imm": ProgramImm, "pretrain_lab": ProgramPretrainLab},
     "model": {"lab": ModelLab, "hf": ModelHF},
     "task": {"lab": PracticeLab, "gym": PracticeGym, "hub": PracticeHub},
-    "sampler": {"hf": Sampler},
+    "sampler": {"hf": Sampler, "vllm": SamplerVLLM},
     "teacher": {"none": TeacherNone, "lab": TeacherLab, "hf": TeacherHF, "file": TeacherFile},
     "merge": {"none": MergeNone, "*": MergeEvents},  # any other name: a rule, perhaps the user's own
     "logger": {"jsonl": LoggerJsonl, "wandb": LoggerWandb},
@@ -662,6 +676,8 @@ def check_analyze(composed: DictConfig) -> Analyze:
         schema[group] = OmegaConf.structured(_kind(KINDS[group], raw.get(group), group))
     made: Analyze = _merge(schema, raw, "")
     _check_analysis(made.analysis)
+    if isinstance(made.sampler, SamplerVLLM):
+        raise ConfigError("sampler=vllm: itermerge-analyze samples in its own process; use sampler=hf")
     if made.sampler.hints or made.task.labels != "gold":
         raise ConfigError("sampler.hints, task.labels: are of training; importance is measured on verified solutions")
     return made
@@ -862,6 +878,10 @@ def _cross_checks(root: Root) -> None:
     _check_trainer(root)
     _check_tasks(root)
     check_metric(root, root.optimized_metric, "optimized_metric")
+    if isinstance(root.sampler, SamplerVLLM) and root.trainer.strategy != "single":
+        raise ConfigError("sampler=vllm: samples on one device; use trainer=single, or sampler=hf on all of them")
+    if isinstance(root.sampler, SamplerVLLM) and root.sft.patience is not None and root.model.lora.rank is not None:
+        raise ConfigError("sft.patience: vLLM reads whole weights, not adapters in training; use sampler=hf")
 
 
 def _check_trainer(root: Root) -> None:
@@ -920,6 +940,8 @@ def _check_fsdp(root: Root) -> None:
 
 
 def _check_tasks(root: Root | Evaluate) -> None:
+    if isinstance(root.sampler, SamplerVLLM) and root.sampler.temperature < COLDEST:
+        raise ConfigError(f"sampler.temperature: vLLM has none below {COLDEST}, got {root.sampler.temperature:g}")
     if root.suite.n_validation and all(isinstance(t, TaskHarness) for t in (*root.suite.near, *root.suite.far)):
         raise ConfigError(
             "suite.n_validation: is of OOD tasks, and there are none that have such items (those of lm_eval do not)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import torch
 from omegaconf import OmegaConf
 from rich.table import Table
 
-from . import evaluation, stages
-from .config import Evaluate, ModelLab, to_dict
+from . import evaluation, stages, vllm
+from .config import Evaluate, ModelLab, SamplerVLLM, to_dict
 from .decoding import complete
 from .policy import Policy, check_folder
 from .tasks import TaskError
@@ -39,11 +39,18 @@ def evaluate(cfg: Evaluate, folder: Path) -> dict[str, Any]:
     for place, (_, at) in models.items():
         with _named(place):
             check_folder(at)
+    engine: vllm.Engine | None = None
+    if isinstance(cfg.sampler, SamplerVLLM):
+        vllm.about(cfg.sampler.python)
+        engine = vllm.Engine(stages.engine_spec(cfg.sampler, device, cfg.threads), folder)
     exams = stages.Exams(cfg.task, cfg.suite)
 
     def load(place: str) -> Policy:
         with _named(place):
-            policy = Policy(models[place][1], trust_remote_code=trust, device=device)
+            if engine and not exams.harness:
+                policy: Policy = stages.Reader(models[place][1], trust_remote_code=trust)
+            else:
+                policy = Policy(models[place][1], trust_remote_code=trust, device=device)
             exams.check_lengths(policy, cfg.sampler.max_new_tokens)
         return policy
 
@@ -54,13 +61,15 @@ def evaluate(cfg: Evaluate, folder: Path) -> dict[str, Any]:
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
     found: list[dict[str, Any]] = []
     scores: list[dict[str, Any]] = []
-    for place, (name, _) in models.items():
-        policy = policy or load(place)
-        (folder / place).mkdir(parents=True, exist_ok=True)
-        of, figures = _one(cfg, policy, exams, name, folder / place)
-        scores.append(of)
-        found.append({"model": name, "figures": figures, "reasons": {task: s["reasons"] for task, s in of.items()}})
-        policy = None
+    with closing(engine) if engine else nullcontext():
+        for place, (name, _) in models.items():
+            policy = policy or load(place)
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            of, figures = _one(cfg, policy, exams, name, folder / place, engine)
+            scores.append(of)
+            reasons = {task: s["reasons"] for task, s in of.items()}
+            found.append({"model": name, "figures": figures, "reasons": reasons})
+            policy = None
     compared = [
         {"model": model["model"], "to": given, "figures": differences(scores[0], of, exams)}
         for model, of in zip(found[1:], scores[1:], strict=True)
@@ -85,7 +94,7 @@ def _named(place: str) -> Iterator[None]:
 
 
 def _one(
-    cfg: Evaluate, policy: Policy, exams: stages.Exams, name: str, folder: Path
+    cfg: Evaluate, policy: Policy, exams: stages.Exams, name: str, folder: Path, engine: vllm.Engine | None
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """(scores.json, figures) of one model; writes scores.json and held_out.jsonl."""
     how: Any = {"max_new_tokens": cfg.sampler.max_new_tokens, "batch_size": cfg.sampler.batch_size}
@@ -97,15 +106,21 @@ def _one(
         stages.in_dtype(policy, dtype) as copy_,
     ):
         decode = partial(complete, copy_)
-        scores = exams.scores(decode, tick, **how)
-        scores |= exams.harness_scores(copy_, tick, batch_size=cfg.sampler.batch_size)
-        stages.write_json(folder / "scores.json", scores)
-        figures = exams.figures(scores)
+        if engine:
+            engine.load(policy.folder, policy, trust_remote_code=getattr(cfg.model, "trust_remote_code", False))
+            decode = engine.complete
+        scores, rows = exams.scores(decode, tick, **how), []
         if problems:
             rows = stages.held_out_rows(
                 decode, exams.task, problems, cfg.sampler.n, stages.held_out_seed(cfg.suite.seed), on_progress=tick,
                 temperature=cfg.sampler.temperature, top_p=cfg.sampler.top_p, **how,
             )  # fmt: skip
+        if engine and exams.harness:
+            engine.pause()  # lm_eval asks the model in this process
+        scores |= exams.harness_scores(copy_, tick, batch_size=cfg.sampler.batch_size)
+        stages.write_json(folder / "scores.json", scores)
+        figures = exams.figures(scores)
+        if problems:
             stages.write_lines(folder / "held_out.jsonl", rows)
             figures |= stages.ratio_intervals(stages.sample_ratios(copy_, rows))
     return scores, figures

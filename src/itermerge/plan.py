@@ -37,7 +37,18 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from . import loop, pretrain, stages
-from .config import ModelLab, ProgramPretrainLab, Root, StoreNone, Suite, TaskHarness, TeacherHF, TeacherLab, label
+from .config import (
+    ModelLab,
+    ProgramPretrainLab,
+    Root,
+    SamplerVLLM,
+    StoreNone,
+    Suite,
+    TaskHarness,
+    TeacherHF,
+    TeacherLab,
+    label,
+)
 from .evaluation import Exam
 from .harness import HarnessExam
 from .packing import LOGITS
@@ -48,6 +59,7 @@ from .store import MANIFEST, Artifact, Store, Tally, source_digest
 from .tasks import NoData, Problem, Split, Task, Verdict
 from .tracking import NullTracker, console, progress
 from .upkeep import keep_of, need, size_said
+from .vllm import EngineError
 from .weights import Checkpoint, PolicyError, Weights
 
 LOOK_UP_TO = 1 << 31  # bytes of a base's files up to which they are read once, for the keys of what the store has
@@ -295,6 +307,16 @@ class Sketch(Bench):
                 self.shared[key] = UnseenExam(label(spec), suite.n)
         return self.shared[key]
 
+    def _versions(self, sampler: SamplerVLLM) -> dict[str, str]:
+        share = sampler.gpu_memory_utilization
+        self._say(f"memory, sampling: vLLM takes {share:g} of the device's (sampler.gpu_memory_utilization)")
+        try:
+            return super()._versions(sampler)
+        except EngineError as error:
+            self.store.blind = True
+            self._say(f"what the store has is not known: it goes by vLLM's version, which is not here. {error}")
+            return {}
+
     def _open(self) -> tuple[Policy, Model, Weights]:
         model = self.cfg.model
         if isinstance(model, ModelLab):
@@ -517,7 +539,7 @@ class Sketch(Bench):
         )  # fmt: skip
         if cfg.sft.kl_to_base or cfg.sft.l2_to_base:
             fitting["base"] = 4 * shape.weights
-        out = {"sampling": sampling, "fine-tuning": fitting}
+        out = {"fine-tuning": fitting} if self.engine else {"sampling": sampling, "fine-tuning": fitting}
         if n > 1:
             each = f"on each of {n} devices"
             fitting = spread(fitting, shape, n) if strategy == "fsdp" else fitting

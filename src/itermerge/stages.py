@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import os
 import random
 import tempfile
@@ -28,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from . import evaluation, merging
+from . import evaluation, merging, vllm
 from .analysis import change, diversity
 from .analysis.change import AnalysisError
 from .analysis.importance import importance
@@ -41,6 +42,7 @@ from .config import (
     ModelLab,
     Paths,
     Root,
+    SamplerVLLM,
     Suite,
     TaskHarness,
     TaskHub,
@@ -90,6 +92,7 @@ SAMPLING = (
     "tasks/__init__.py",
     "tasks/prompts.py",
 )
+SAMPLING_VLLM = ("vllm.py", "vllm_worker.py")
 PROBING = ("stages.py", "sft.py", "analysis/diversity.py")
 IMPORTANCE = (
     "stages.py", "policy.py", "weights.py", "sft.py", "analysis/importance.py", "analysis/change.py",
@@ -239,6 +242,14 @@ def sampling_dtype(asked: str, device: str) -> str:
     return asked if asked != "auto" else "bfloat16" if fast_at_bfloat16(device) else "float32"
 
 
+def engine_spec(sampler: SamplerVLLM, device: str, threads: int) -> vllm.EngineSpec:
+    return vllm.EngineSpec(
+        python=sampler.python, device=device, dtype=sampling_dtype(sampler.dtype, device), threads=threads,
+        batch_size=sampler.batch_size, gpu_memory_utilization=sampler.gpu_memory_utilization, between=sampler.between,
+        enforce_eager=sampler.enforce_eager, batch_invariant=sampler.batch_invariant, timeout=sampler.timeout,
+    )  # fmt: skip
+
+
 def harness_exam(spec: TaskHarness, suite: Suite) -> HarnessExam:
     """The items of a task of lm_eval. Raises TaskError, and NoData where its data are not here."""
     return HarnessExam(
@@ -362,6 +373,14 @@ class Bench:
             raise ConfigError("model.lora.rank: adapters need the extra 'lora': pip install 'itermerge[lora]'")
         self.method = merging.LINEAR if isinstance(cfg.merge, MergeNone) else method_of(cfg.merge)
         self.dtype, self.precision = sampling_dtype(cfg.sampler.dtype, self.device), cfg.trainer.precision
+        self.engine: vllm.Engine | None = None
+        self.engine_key: dict[str, Any] = {}
+        if isinstance(cfg.sampler, SamplerVLLM):
+            spec = engine_spec(cfg.sampler, self.device, cfg.threads)
+            own = {"enforce_eager": spec.enforce_eager, "batch_invariant": spec.batch_invariant}
+            self.engine_key = {"sampler": self._versions(cfg.sampler) | own}
+            self.engine = vllm.Engine(spec, scratch)
+            log.info("sampler=vllm: diversity/token_entropy is left out; vLLM tells no whole distributions")
         if self.precision == "auto":
             self.precision = "bf16-mixed" if fast_at_bfloat16(self.device) else "32-true"
         of = self.of = Exams(cfg.task, cfg.suite, self._build, self._build_harness)
@@ -369,6 +388,7 @@ class Bench:
         kinds = sorted({s.kind for s in (cfg.task, *of.ours)})
         shared = ("devices.py",) if self.group else ()
         self.sampling = (*SAMPLING, *shared, *(file for kind in kinds for file in TASK_FILES[kind]))
+        self.sampling += SAMPLING_VLLM if self.engine else ()
         self.fitting = (*FITTING, *shared)
         self.evaluated = Evaluated((p.text for e in self.exams for p in e.problems), cfg.task.decontaminate or 1)
         self.decontaminated: dict[str, int] = {}  # training problems left out as exact and ngram, of how many drawn
@@ -401,6 +421,8 @@ class Bench:
     def __exit__(self, *_: object) -> None:
         if self.group:
             self.group.close()
+        if self.engine:
+            self.engine.close()
 
     def _count_devices(self) -> int:
         return devices_of(self.cfg, self.device, torch.cuda.device_count() if self.device == "cuda" else None)
@@ -449,6 +471,10 @@ class Bench:
 
     def _build_harness(self, spec: TaskHarness, suite: Suite) -> HarnessExam:
         return harness_exam(spec, suite)
+
+    def _versions(self, sampler: SamplerVLLM) -> dict[str, str]:
+        """Of vLLM and its torch. Raises EngineError where there is no vLLM."""
+        return vllm.about(sampler.python)
 
     def _open(self) -> tuple[Policy, Model, Weights]:
         """The base model as a policy on the device, what the stages call it, and its weights on the CPU."""
@@ -1177,6 +1203,8 @@ class Bench:
     def _load(self, model: Model) -> Policy:
         if self.group:
             self.policy.model.to(self.device)
+        if self.engine:
+            self.engine.pause()
         if self.loaded != model.digest:
             self.policy.set_weights(self._weights(model))
             self.loaded = model.digest
@@ -1185,6 +1213,13 @@ class Bench:
     @contextmanager
     def _decoder(self, model: Model) -> Iterator[Decode]:
         """What completes prompts with `model`."""
+        if self.engine:
+            if self.engine.loaded != model.digest:
+                reader = self._teacher_reader(model) if model is self.teacher else self.policy
+                how: dict[str, Any] = {"policy": reader, "name": model.digest, "trust_remote_code": self._trusts(model)}
+                self.with_weights(model, partial(self.engine.load, **how))
+            yield self.engine.complete
+            return
         if self.group:
             yield self.with_weights(model, partial(self._load_on_devices, trust=self._trusts(model)))
             return
@@ -1194,6 +1229,13 @@ class Bench:
     @contextmanager
     def _decoding(self, policy: Policy) -> Iterator[Decode]:
         """What completes prompts with the policy as it is."""
+        if self.engine:
+            with tempfile.TemporaryDirectory(dir=self.scratch) as made:
+                write_folder(folder := Path(made), policy.weights(), self.base.folder)
+                self.engine.load(folder, self.policy, trust_remote_code=self._trusts())
+            yield self.engine.complete
+            self.engine.pause()
+            return
         if self.group:
             with tempfile.TemporaryDirectory(dir=self.scratch) as made:
                 write_folder(Path(made), policy.weights(), self.base.folder)
@@ -1234,8 +1276,8 @@ class Bench:
         return self._decode() | ({} if own is None else {"max_new_tokens": own})
 
     def _dtype(self) -> dict[str, Any]:
-        """What else decides rounding: of several devices, each has batches of its own."""
-        return {"dtype": self.dtype} | ({"devices": self.devices} if self.devices > 1 else {})
+        """What else decides rounding: of several devices, each has batches of its own; vLLM's versions and modes."""
+        return {"dtype": self.dtype} | ({"devices": self.devices} if self.devices > 1 else {}) | self.engine_key
 
     def _merge_config(self) -> MergeEvents:
         assert isinstance(self.cfg.merge, MergeEvents)
@@ -1426,7 +1468,7 @@ def held_out_rows(
         {
             "id": p.id, "sample": i, "prompt": p.asked, "completion": c.text, "answer": verdict.answer,
             "gold": p.answer, "verdict": verdict.correct, "reason": verdict.reason, "tokens": c.tokens,
-            "entropy": round(c.entropy, 6),
+            "entropy": None if math.isnan(c.entropy) else round(c.entropy, 6),
         }
         for (p, i, c), verdict in zip(flat, verdicts, strict=True)
     ]  # fmt: skip

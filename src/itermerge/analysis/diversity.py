@@ -25,11 +25,12 @@ NGRAMS = (1, 2, 3, 4)
 def sample_figures(problems: Sequence[Sequence[Mapping[str, Any]]], tokens: Mapping[str, Sequence[int]]) -> dict:
     """{name: (above, below)}, a number a problem in each, from the samples of each problem.
 
-    A sample has `completion`, `answer` (None where none was read), `verdict`, `reason`, `tokens`, `entropy`; `tokens`
-    gives a completion's token ids. Names: sample/pass@k (2107.03374) and sample/maj@k for k = 1, 2, 4, ...;
-    sample/tokens (mean length); sample/<reason> (shares); diversity/distinct and distinct_correct (different solutions
-    among all, among the correct ones), distinct_1 .. distinct_4 (different n-grams of tokens among all, 1510.03055),
-    self_bleu (1802.01886), answer_entropy (nats), token_entropy (nats a token, of the model's own distribution).
+    A sample has `completion`, `answer` (None where none was read), `verdict`, `reason`, `tokens`, `entropy` (None where
+    it is not known); `tokens` gives a completion's token ids. Names: sample/pass@k (2107.03374) and sample/maj@k for
+    k = 1, 2, 4, ...; sample/tokens (mean length); sample/<reason> (shares); diversity/distinct and distinct_correct
+    (different solutions among all, among the correct ones), distinct_1 .. distinct_4 (different n-grams of tokens among
+    all, 1510.03055), self_bleu (1802.01886), answer_entropy (nats), token_entropy (nats a token, of the model's own
+    distribution).
     """
     out: dict[str, Ratio] = {}
 
@@ -58,7 +59,8 @@ def sample_figures(problems: Sequence[Sequence[Mapping[str, Any]]], tokens: Mapp
             put(f"diversity/distinct_{size}", len(set(grams)), len(grams))
         put("diversity/self_bleu", self_bleu([tokens[text] for text in texts]), 1)
         put("diversity/answer_entropy", entropy([len(right), *answers.values()]), 1)
-        put("diversity/token_entropy", sum(s["entropy"] for s in samples), sum(s["tokens"] for s in samples))
+        if None not in (known := [s["entropy"] for s in samples]):
+            put("diversity/token_entropy", sum(known), sum(s["tokens"] for s in samples))
     return out
 
 
