@@ -76,7 +76,7 @@ BENCHMARKS = (
     ),
     Benchmark(
         "merge", "`itermerge-merge` against mergekit and plain copies, linear, two 0.5B-shaped bfloat16 checkpoints",
-        ("merge.py", "--mergekit", sys.prefix, "--rules", "linear", "--repeats", "2"), "at most", 0.5, 2,
+        ("merge.py", "--mergekit", sys.prefix, "--rules", "linear", "--repeats", "2"), "at most", 0.7, 2,
         r"(?m)^linear +\S+ \(\S+\) +\S+ +\S+ +([\d.]+)",
     ),
     Benchmark(
