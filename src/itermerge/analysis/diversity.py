@@ -92,15 +92,33 @@ def majority_at_k(correct: int, others: Sequence[tuple[Any, int]], k: int) -> fl
 def self_bleu(samples: Sequence[Sequence[int]]) -> float:
     """Mean BLEU-4 (0 to 1) of each sample against all others of its problem (1802.01886), over token ids, by sacreBLEU
     with exponential smoothing; orders that a short sample has not are left out. 1 for identical samples, 0 for one."""
-    bleu = BLEU(tokenize="none", effective_order=True)
-    counts = Counter(" ".join(map(str, s)) for s in samples)
     if len(samples) < 2:
         return 0.0
+    counts = Counter(map(tuple, samples))
+    grams = {sample: Counter(g for size in NGRAMS for g in _ngrams(sample, size)) for sample in counts}
+    most: dict[tuple[int, ...], list[int]] = {}  # how often the two samples that have an n-gram most often have it
+    for own in grams.values():  # counted once; sacreBLEU itself counts all others' again for each sample
+        for gram, count in own.items():
+            had = most.setdefault(gram, [0, 0])
+            had[:] = sorted((*had, count))[:0:-1]
     total = 0.0
-    for text, n in counts.items():  # a sample with a twin scores 1, and twins among the others change nothing
-        others = [other for other in counts if other != text]
-        total += n if n > 1 else bleu.sentence_score(text, others).score / 100
+    for sample, n in counts.items():  # a sample with a twin scores 1, and twins among the others change nothing
+        total += n if n > 1 else _bleu(sample, grams[sample], most, [len(o) for o in counts if o != sample]) / 100
     return total / len(samples)
+
+
+def _bleu(
+    sample: Sequence[int], grams: Mapping[tuple[int, ...], int], most: Mapping[tuple[int, ...], Sequence[int]],
+    lengths: Sequence[int],
+) -> float:  # fmt: skip
+    """BLEU-4 (0 to 100) of a sample against others of these lengths, by sacreBLEU's formula."""
+    right, of = [0] * len(NGRAMS), [0] * len(NGRAMS)
+    for gram, count in grams.items():
+        first, second = most[gram]
+        of[len(gram) - 1] += count
+        right[len(gram) - 1] += count if count < first else second  # at most as often as another one has it
+    _, nearest = min((abs(len(sample) - length), length) for length in lengths)
+    return BLEU.compute_bleu(right, of, len(sample), nearest, smooth_method="exp", effective_order=True).score
 
 
 def entropy(counts: Sequence[int]) -> float:

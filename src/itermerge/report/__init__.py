@@ -47,7 +47,9 @@ def _nobody(_: str) -> None:
 def run(folder: Path, say: Say = _nobody) -> list[Path]:
     """Writes report.html and figures/*.png of a run folder, finished or not; their paths. `say` is told what is missing
     or cannot be read."""
-    return _write(runs.page(read_run(folder)), folder, {name: name for name in RUN_FIGURES}, say)
+    with charts.unchecked():
+        made = runs.page(read_run(folder))
+    return _write(made, folder, {name: name for name in RUN_FIGURES}, say)
 
 
 def sweep(folder: Path, say: Say = _nobody) -> tuple[Table, list[Path]]:
@@ -58,12 +60,16 @@ def sweep(folder: Path, say: Say = _nobody) -> tuple[Table, list[Path]]:
     names = {name: name for name in SWEEP_FIGURES}
     if (folder / "optuna.log").is_file():
         names["pareto"] = "pareto_test"  # pareto.png is the search's own, of validation items
-    return table, _write(sweeps.page(folder, jobs), folder, names, say)
+    with charts.unchecked():
+        made = sweeps.page(folder, jobs)
+    return table, _write(made, folder, names, say)
 
 
 def analysis(folder: Path, say: Say = _nobody) -> list[Path]:
     """Writes report.html and figures/*.png of a comparison of two checkpoints; their paths."""
-    return _write(runs.analysis_page(folder), folder, {name: name for name in RUN_FIGURES}, say)
+    with charts.unchecked():
+        made = runs.analysis_page(folder)
+    return _write(made, folder, {name: name for name in RUN_FIGURES}, say)
 
 
 def _write(made: page.Page, folder: Path, names: dict[str, str], say: Say) -> list[Path]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import altair as alt
+from altair.utils import schemapi
 
 Panel: TypeAlias = alt.Chart | alt.LayerChart | alt.FacetChart
 Rows: TypeAlias = Sequence[Mapping[str, Any]]
@@ -111,10 +115,26 @@ def _version() -> str:
 
 
 def bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script that sets window.vegaEmbed."""
+    """Vega, Vega-Lite and Vega-Embed as one script that sets window.vegaEmbed. Making it takes longer than a run's
+    charts: it is kept beside models and stages, where that folder can be written."""
     import vl_convert
 
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_version())
+    home = Path(os.environ.get("ITERMERGE_HOME") or "~/.cache/itermerge").expanduser() / "report"
+    kept = home / f"vega-{vl_convert.__version__}-{_version()}.js"
+    with suppress(OSError):
+        return kept.read_text(encoding="utf-8")
+    made = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_version())
+    with suppress(OSError):
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=home, delete=False, encoding="utf-8") as file:
+            file.write(made)
+        os.replace(file.name, kept)
+    return made
+
+
+def unchecked() -> AbstractContextManager[None]:
+    """While charts are made: Altair checks each part against Vega-Lite's schema, over and over; tests do that."""
+    return schemapi.debug_mode(False)
 
 
 # --- colours --------------------------------------------------------------------------------------------------------
@@ -147,8 +167,15 @@ def categories(labels: Sequence[str]) -> dict[str, str]:
 # --- kinds of chart -------------------------------------------------------------------------------------------------
 
 
+class _Rows(alt.InlineData):
+    """Data that nobody changes: Altair copies all it is given whenever a mark or an encoding is added."""
+
+    def __deepcopy__(self, memo: Any = None) -> _Rows:
+        return self
+
+
 def _data(rows: Rows) -> alt.InlineData:
-    return alt.InlineData(values=[dict(row) for row in rows])
+    return _Rows(values=[dict(row) for row in rows])
 
 
 def _colour(colours: Mapping[str, str], legend: bool, by: str = "series") -> alt.Color:
