@@ -94,12 +94,12 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str = "config") 
 
 def _group_options(
     self: Any, group_name: str, results_filter: Any = ObjectType.CONFIG, config_name: str | None = None,
-    overrides: Sequence[str] = (),
+    overrides: list[str] | None = None,
 ) -> list[str]:  # fmt: skip
     """As Hydra's own, which copies all config sources for each question; --help asks some 130, which took a second."""
     copies = self.__dict__.setdefault("_copies", {})
-    if (of := (config_name, *overrides)) not in copies:
-        copies[of] = self._parse_overrides_and_create_caching_repo(config_name, list(overrides))[1]
+    if (of := (config_name, *(overrides or ()))) not in copies:
+        copies[of] = self._parse_overrides_and_create_caching_repo(config_name, overrides or [])[1]
     return copies[of].get_group_options(group_name, results_filter)
 
 

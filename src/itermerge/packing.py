@@ -185,7 +185,9 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  # the decorator takes ctx's name away
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor | None, None]:
         of_h, of_w = ctx.saved_tensors
         return of_h * grads[0], None if of_w is None else of_w.mul_(grads[0]), None
 

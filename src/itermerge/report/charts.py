@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -117,10 +118,10 @@ def _version() -> str:
 def bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that sets window.vegaEmbed. Making it takes longer than a run's
     charts: it is kept beside models and stages, where that folder can be written."""
-    import vl_convert
+    import vl_convert  # here: a run that draws nothing does without
 
     home = Path(os.environ.get("ITERMERGE_HOME") or "~/.cache/itermerge").expanduser() / "report"
-    kept = home / f"vega-{vl_convert.__version__}-{_version()}.js"
+    kept = home / f"vega-{version('vl-convert-python')}-{_version()}.js"
     with suppress(OSError):
         return kept.read_text(encoding="utf-8")
     made = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=_version())
