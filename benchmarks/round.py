@@ -344,7 +344,8 @@ def watch_compute(clock: Clock) -> None:
 
 def watch_rest(clock: Clock) -> None:
     """Gives names to what else a run does."""
-    from itermerge import cli, decoding, loop, policy, sft, stages, store, tasks, weights
+    from itermerge import cli, decoding, loop, merging, policy, sft, stages, store, tasks, weights
+    from itermerge.analysis import change
     from itermerge.tasks.gym import GymTask
 
     bench, record = stages.Bench, loop.RunRecord
@@ -357,8 +358,10 @@ def watch_rest(clock: Clock) -> None:
         ("problems", GymTask, "problems"), ("verify", tasks, "verify_all"),
         ("checks of lengths", bench, "_check_lengths"),
         ("set-up of the stages", bench, "__init__"), ("fit: Lightning, batches", sft, "fit"),
-        ("store: keys, manifests", store.Store, "stage"), ("merge", bench, "merge"),
-        ("layers: update", bench, "update"), ("layers: change", bench, "analyze"),
+        ("store: keys, manifests", store.Store, "stage"), ("merge", merging.Merge, "all"),
+        ("layers: update", change, "update_of"), ("layers: update", change, "update_figures"),
+        ("layers: change", change, "layer_change"), ("layers: change", change, "merge_shares"),
+        ("layers: change", change, "relative_distance"), ("writing weights", stages, "save_file"),
         ("importance: Python", bench, "importance"),
         ("probe: Python", bench, "probe"), ("record of a round", record, "write"), ("report", cli, "_report"),
         ("provenance", cli, "provenance"),

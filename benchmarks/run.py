@@ -4,9 +4,9 @@
     make bench ARGS="--only sampling sft"     those whose names begin so
     make bench ARGS="--vllm ENV/bin/python"   vLLM as well, from an environment that has it
 
-Fixed settings and limits. A benchmark that fails, or does not end in time, is written as failed with its last line, the
-others go on, and the exit status is 1; so is a target that was missed not: machines differ. What is not run this time
-keeps no figures of another time.
+Fixed settings and limits. A benchmark that fails, or does not end in time, is written as failed with its last line; the
+others go on, and the exit status is 1. A missed target is no failure: machines differ. What is not run this time keeps
+no figures of another time.
 """
 
 from __future__ import annotations
