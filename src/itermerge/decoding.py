@@ -91,7 +91,8 @@ def complete(
     A stop string ends a completion and is cut off. Raises PolicyError when a prompt and its completion do not fit the
     model's context.
     """
-    ids = [policy.encode_prompt(p) for p in prompts]
+    read = {p: policy.encode_prompt(p) for p in set(prompts)}  # samples of one problem share it
+    ids = [read[p] for p in prompts]
     if ids and (need := max(map(len, ids)) + max_new_tokens) > policy.context:
         raise PolicyError(
             f"the longest prompt and its completion need {need} positions, the model has {policy.context}; "
