@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from itermerge.decoding import complete
-from itermerge.policy import Policy
+from itermerge.policy import Policy, copy_in
 from itermerge.weights import PolicyError, check_same_tensors, digest_weights, read_weights, resolve, write_folder
 
 PROMPTS = ["add 34+18?", "sum 34+18-15+27?", "sort qhcae?", "count a abcabcabca?", "find 10+?=44?"]
@@ -176,3 +176,18 @@ def test_a_prompt_is_not_closed_with_eos(tiny: Policy) -> None:
     tiny.tokenizer = ClosesTexts()
     assert tiny.encode_prompt("add 1") == plain
     assert len(plain) == len("add 1")
+
+
+def test_a_copy_in_bfloat16_is_what_loading_in_bfloat16_gives(tiny: Policy) -> None:
+    made = copy_in(tiny.model, torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.bfloat16)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(made.state_dict()[name], tensor)
+    kept = dict(made.named_buffers())
+    assert [(n, t.dtype) for n, t in loaded.named_buffers()] == [(n, t.dtype) for n, t in kept.items()]
+    assert torch.float32 in {t.dtype for t in kept.values()}  # rotary frequencies: 8 bits of them turn far positions
+    assert made.get_output_embeddings().weight is made.get_input_embeddings().weight
+    assert tiny.model.dtype == torch.float32
+    ids = torch.tensor([tiny.encode_prompt("add 34+18?")])
+    with torch.inference_mode():
+        assert torch.equal(made(ids).logits, loaded(ids).logits)

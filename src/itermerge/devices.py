@@ -35,7 +35,7 @@ import torch
 
 from .decoding import Completion, Decode, complete
 from .merging import MergeCallback
-from .policy import Policy
+from .policy import Policy, copy_in
 from .sft import Example, FitSpec, Fitted, fit
 from .weights import Weights, mean_of, write_folder
 
@@ -321,7 +321,9 @@ class _Worker:
         if not any(Path(folder).glob("*.safetensors")):
             raise FileNotFoundError(f"{folder}: its weights are gone")
         policy = Policy(Path(folder), trust_remote_code=trust_remote_code)
-        policy.model = policy.model.to(getattr(torch, dtype)).to(self.device)
+        if dtype != "float32":
+            policy.model = copy_in(policy.model, getattr(torch, dtype))
+        policy.model.to(self.device)
         self.policy, self.loaded = policy, (folder, dtype)
 
     def forget(self) -> None:
@@ -370,7 +372,7 @@ class _Worker:
         """The parent's judgement of the weights as they are: it asks for completions first."""
         self.policy = copy.copy(policy)
         if dtype != "float32":
-            self.policy.model = copy.deepcopy(policy.model).to(getattr(torch, dtype))
+            self.policy.model = copy_in(policy.model, getattr(torch, dtype))
         self.say({"asks": "score"})
         value = self.serve()
         self.forget()

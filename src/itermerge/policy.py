@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,17 @@ def chat_text(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True, date_string=DATE, strftime_now=lambda _: DATE
     )
+
+
+def copy_in(model: Any, dtype: torch.dtype) -> Any:
+    """A copy of a model as its checkpoint would be loaded in `dtype`: what no checkpoint holds, as the angles of
+    positions, keeps its own."""
+    memo: dict[int, Any] = {}  # of deepcopy: what it takes for these tensors
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            cast = tensor.detach().to(dtype)
+            memo[id(tensor)] = torch.nn.Parameter(cast, False) if isinstance(tensor, torch.nn.Parameter) else cast
+    return copy.deepcopy(model, memo)
 
 
 def keeps_every_key(model: Any) -> bool:

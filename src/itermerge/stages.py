@@ -6,7 +6,6 @@ stage knows which task is in-domain; roles are told to `evaluation.metrics` alon
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
@@ -59,7 +58,7 @@ from .decoding import Decode, complete
 from .devices import Events, Group, Job
 from .evaluation import Exam
 from .harness import HarnessExam, harness_scores
-from .policy import Policy, check_folder, eos_ids_of
+from .policy import Policy, check_folder, copy_in, eos_ids_of
 from .rules import method_of, source_of
 from .sft import Example, FitSpec, Fitted, LoraSpec, SftError, fit, short_enough
 from .store import DROPPED, KEPT, MANIFEST, Artifact, Store, cpu_flags, file_digest, place
@@ -1416,7 +1415,7 @@ class in_dtype:
 
     def __enter__(self) -> Policy:
         if self.dtype != torch.float32:
-            self.policy.model = copy.deepcopy(self.own).to(self.dtype)
+            self.policy.model = copy_in(self.own, self.dtype)
         return self.policy
 
     def __exit__(self, *_: object) -> None:
