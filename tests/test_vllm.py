@@ -251,6 +251,7 @@ def test_the_worker_leaves_when_the_run_dies(calls: Any, monkeypatch: pytest.Mon
             ("sft.patience=1", "model.lora.rank=2", "merge.every_n_epochs=last"),
             r"^sft\.patience: vLLM reads whole weights",
         ),
+        (("trainer=ddp", "trainer.devices=2"), r"^sampler=vllm: samples on one device; use trainer=single"),
     ],
 )
 def test_configs_that_vllm_cannot_run(words: tuple[str, ...], said: str) -> None:
