@@ -300,7 +300,7 @@ def test_a_run_on_two_devices_has_the_figures_of_one(tmp_path: Path, monkeypatch
     for mine, theirs in rounds:
         assert mine.keys() == theirs.keys()
         for name in ("val/id/acc", "id/acc", "ood/acc", "sft/loss", "weights/drift", "train_sample/accept_rate"):
-            assert mine.get(name) == pytest.approx(theirs.get(name), rel=1e-3)
+            assert mine.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=1e-3)
     again = run_here(tmp_path / "again", *QUICK, *TWO, where)
     assert again["stages"]["computed"] == {}
     assert read_rounds(tmp_path / "again") == read_rounds(tmp_path / "two")
