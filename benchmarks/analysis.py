@@ -24,10 +24,10 @@ import torch
 from itermerge.analysis.change import layer_change, update_figures, update_of
 from itermerge.analysis.importance import find_blocks, importance
 from itermerge.config import check, conf_dir
-from itermerge.policy import Policy, resolve
+from itermerge.policy import Policy
 from itermerge.sft import IGNORED, Example, collate
 from itermerge.stages import build_task, lab_folder
-from itermerge.weights import Checkpoint, write_folder
+from itermerge.weights import Checkpoint, resolve, write_folder
 
 
 def plain_skip(model: Any, examples: list[Example], pad_id: int) -> torch.Tensor:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
+from conftest import in_a_process, run_here
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
@@ -42,10 +40,7 @@ def _variant(folder: Path, **edits: Any) -> Path:
 
 def _analyze(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     code = "from itermerge.cli import analyze_main; analyze_main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, check=False,
-        env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
+    return in_a_process(code, *words, cwd=cwd, env={"COLUMNS": "120"})
 
 
 Q = "model.layers.{}.self_attn.q_proj.weight"
@@ -271,8 +266,8 @@ def test_samples_come_from_a_copy_in_the_dtype_asked_for(monkeypatch: pytest.Mon
 
     seen: list[torch.dtype] = []
 
-    def sample(policy: Any, *_: Any, **__: Any) -> list[list[Any]]:
-        seen.append(next(policy.model.parameters()).dtype)
+    def sample(decode: Any, *_: Any, **__: Any) -> list[list[Any]]:
+        seen.append(next(decode.args[0].model.parameters()).dtype)
         return []
 
     monkeypatch.setattr(analyze.evaluation, "sample", sample)

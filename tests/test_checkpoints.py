@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import in_a_process
 from hydra import compose, initialize_config_dir
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -92,8 +93,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(folder.iterdir())}
 
 
-def command(cwd: Path, *words: str, before: str = "") -> subprocess.CompletedProcess[str]:
+def command(cwd: Path, *words: str, before: str = "", fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """`itermerge-merge`; `fresh` in a process that begins with nothing imported."""
     code = f"{before}\nfrom itermerge.cli import merge_main; merge_main()"
+    if not fresh:
+        return in_a_process(code, *words, cwd=cwd)
     return subprocess.run([sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, check=False)
 
 
@@ -511,7 +515,7 @@ def test_memory_is_bounded(rule: tuple[str, ...], tmp_path: Path) -> None:
         with (folder / "model.safetensors").open("wb") as file:  # zeros, which take no place on the disk
             file.write(headers["model.safetensors"])
             file.truncate(placed[-1].begin + placed[-1].size)
-    done = command(tmp_path, "base=base", "tuned=tuned", "out=out", *rule, before=MEASURED)
+    done = command(tmp_path, "base=base", "tuned=tuned", "out=out", *rule, before=MEASURED, fresh=True)
     assert done.returncode == 0, done.stderr
     start, most = json.loads((tmp_path / "memory.json").read_text())
     assert 0 < most - start < 100_000_000

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMALL
+from conftest import SMALL, in_a_process
 from hydra import compose, initialize_config_dir
 
 from itermerge import evaluation
@@ -26,10 +24,7 @@ FEW = tuple(w for w in SMALL if not w.startswith(("rounds", "task.n_train")))
 
 def _evaluate(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
     code = "from itermerge.cli import evaluate_main; evaluate_main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, check=False,
-        env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
+    return in_a_process(code, *words, cwd=cwd, env={"COLUMNS": "120"})
 
 
 def _check(*words: str) -> Any:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import SMALL, compose_config, read_rounds, run_here
+from conftest import SMALL, compose_config, in_a_process, read_rounds, run_here
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -32,10 +30,7 @@ BOTH = ("export.rounds=[final,best]", "analysis.importance=[]", "suite.pre_merge
 
 def _command(door: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     code = f"from itermerge.cli import {door}_main; {door}_main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=cwd, capture_output=True, text=True, check=False,
-        env=os.environ | {"COLUMNS": "120"},
-    )  # fmt: skip
+    return in_a_process(code, *words, cwd=cwd, env={"COLUMNS": "120"})
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,66 @@
+"""Commands in processes that need not import everything anew: one that has done so forks for each of them.
+
+    python nursery.py      reads {"code", "words", "cwd", "env", "out", "err"} as lines of JSON, writes exit statuses
+
+What a command changes, it changes in its own process. No thread of torch has begun where it is forked from.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import tempfile
+import traceback
+from typing import Any
+
+
+def child(asked: dict[str, Any]) -> int:
+    """Runs `code` with these words, in a process that is its own; its exit status."""
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.dup2(file, number)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.chdir(asked["cwd"])
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    tempfile.tempdir = None
+    sys.argv = ["itermerge", *asked["words"]]
+    try:
+        exec(compile(asked["code"], "command", "exec"), {"__name__": "__main__"})  # a line of a test's own
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+            return 1
+        return ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main() -> None:
+    import itermerge.analyze
+    import itermerge.cli
+    import itermerge.evaluate
+    import itermerge.export
+    import itermerge.loop
+    import itermerge.plan
+    import itermerge.report  # noqa: F401
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            status = child(asked)
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
