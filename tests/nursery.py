@@ -42,13 +42,6 @@ def child(asked: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    import itermerge.analyze
-    import itermerge.cli
-    import itermerge.evaluate
-    import itermerge.export
-    import itermerge.loop
-    import itermerge.plan
-    import itermerge.report  # noqa: F401
 
     for line in sys.stdin:
         asked = json.loads(line)

@@ -333,7 +333,7 @@ def test_the_plan_in_the_readme_is_that_of_the_quickstart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("experiment=quickstart", f"store.dir={tmp_path}/store")
-    made = plan.plan([check(compose_config(*words, f"merge.ratio={r}")) for r in (0.5, 1.0)])
+    made = plan.plan([check(compose_config(*words, f"merge.ratio={r}")) for r in (0.5, 1.0)], workers=2)
     monkeypatch.setattr(plan.console, "width", 160)
     plan.show(made)
     out = capsys.readouterr().out

@@ -329,16 +329,16 @@ def test_a_missing_launcher_is_said_with_its_extra(
 
 
 def test_two_workers_share_stages_and_give_the_bytes_of_one(tmp_path: Path) -> None:
-    words = (*ONE, "rounds=2", "merge.ratio=0.25,0.5,0.75,1.0", "merge.every_n_epochs=last", "hydra.sweep.dir=sweep")
+    words = (*ONE, "rounds=2", "merge.ratio=0.25,0.5,1.0", "merge.every_n_epochs=last", "hydra.sweep.dir=sweep")
     done = itermerge(
         *words, f"store.dir={tmp_path / 'store'}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
         "sweep.gpus=[0,1]", "trainer.accelerator=cpu", cwd=tmp_path, env={"TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert made_more_than_once(tmp_path / "sweep") == {}
-    taken = {json.loads((tmp_path / "sweep" / n / "provenance.json").read_text())["gpu"] for n in "0123"}
+    taken = {json.loads((tmp_path / "sweep" / n / "provenance.json").read_text())["gpu"] for n in "012"}
     assert taken <= {"0", "1"}
-    for job, ratio in enumerate(("0.25", "0.5", "0.75", "1.0")):
+    for job, ratio in enumerate(("0.25", "0.5", "1.0")):
         alone = tmp_path / f"alone{job}"
         run_here(alone, "store=none", "merge.every_n_epochs=last", f"merge.ratio={ratio}")
         assert deterministic_set(tmp_path / "sweep" / str(job)) == deterministic_set(alone)
@@ -346,7 +346,7 @@ def test_two_workers_share_stages_and_give_the_bytes_of_one(tmp_path: Path) -> N
 
 def test_when_a_worker_dies_its_job_has_failed_and_the_others_go_on(tmp_path: Path) -> None:
     """joblib ends with an error and takes the other worker along; what had not begun is launched again."""
-    words = (*ONE, "rounds=6", "merge.ratio=0.25,0.5,0.75", "hydra.sweep.dir=sweep", "hydra/launcher=joblib")
+    words = (*ONE, "rounds=4", "merge.ratio=0.25,0.5,0.75", "hydra.sweep.dir=sweep", "hydra/launcher=joblib")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", "itermerge", *words, "hydra.launcher.n_jobs=2", f"store.dir={tmp_path / 'store'}"]
     started = subprocess.Popen(command, cwd=tmp_path, **pipes)

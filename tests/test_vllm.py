@@ -190,7 +190,7 @@ def test_a_missing_vllm_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch
     ("how", "error", "words"),
     [
         ("start", EngineError, r"could not start: ValueError: Free .*gpu_memory_utilization\.\n(.*\n)*  ValueError"),
-        ("slow", EngineError, r"did not start within 20 s \(sampler\.timeout\)"),
+        ("slow", EngineError, r"did not start within 8 s \(sampler\.timeout\)"),
         ("die", EngineError, r"process ended \(signal 9\) when it was to complete; killed, or out of memory"),
         ("stale", EngineError, r"could not load: RuntimeError: vLLM kept keys and values"),
         ("short", PolicyError, r"the model has 20 left by sampler\.gpu_memory_utilization"),
@@ -200,7 +200,7 @@ def test_failures_are_told_and_leave_no_process(
     how: str, error: type[Exception], words: str, start: Any, lab: Policy, calls: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAKE_VLLM", how)
-    engine = start(timeout=20 if how == "slow" else 240)
+    engine = start(timeout=8 if how == "slow" else 240)
 
     def everything() -> None:
         engine.load(LAB_SEED0, lab)
