@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 import traceback
+from importlib import import_module
 from typing import Any
 
 
@@ -41,8 +42,12 @@ def child(asked: dict[str, Any]) -> int:
     return 0
 
 
-def main() -> None:
+IMPORTED = ("cli", "loop", "plan", "analyze", "evaluate", "export", "checkpoints", "report.charts", "tasks.gym")
 
+
+def main() -> None:
+    for name in IMPORTED:
+        import_module(f"itermerge.{name}")
     for line in sys.stdin:
         asked = json.loads(line)
         pid = os.fork()
