@@ -28,18 +28,18 @@ bench: .venv-bench/installed   ## the benchmarks, with their peers in an environ
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e .
 	touch $@
 
 .venv/installed-dev: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'
 	touch $@ .venv/installed
 
 .venv/installed-smollm2: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[gym,gguf]'
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[gym,gguf]'
 	touch $@ .venv/installed
 
 .venv-bench/installed: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install -q -c constraints.txt -e '.[gym,gguf,math]' -r benchmarks/requirements.txt
+	.venv-bench/bin/python -m pip install -q --no-compile -c constraints.txt -e '.[gym,gguf,math]' -r benchmarks/requirements.txt
 	touch $@

@@ -127,9 +127,17 @@ def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subpro
     return subprocess.Popen([sys.executable, "-m", "itermerge", *words], cwd=cwd, env=os.environ | (env or {}), **pipes)
 
 
-def itermerge(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """`itermerge` run to its end in another process."""
-    return in_a_process("from itermerge.cli import main; main()", *words, cwd=cwd, env=env)
+def itermerge(
+    *words: str, cwd: Path, env: dict[str, str] | None = None, reports: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """`itermerge` run to its end in another process; a run's report takes longer than a small run. With a launcher that
+    starts processes it is one of its own: joblib's does not end in a process that was forked."""
+    alone = any(word.startswith("hydra/launcher=") and word != "hydra/launcher=basic" for word in words)
+    if alone or "PYTHONHASHSEED" in (env or {}):
+        started = command(*words, cwd=cwd, env=env)
+        out, err = started.communicate(timeout=600)
+        return subprocess.CompletedProcess(words, started.returncode, out, err)
+    return in_a_process("from itermerge.cli import main; main()", *words, cwd=cwd, env=env, reports=reports)
 
 
 @cache
@@ -141,7 +149,7 @@ def _nursery() -> subprocess.Popen[str]:
 
 
 def in_a_process(
-    code: str, *words: str, cwd: Path, env: dict[str, str] | None = None
+    code: str, *words: str, cwd: Path, env: dict[str, str] | None = None, reports: bool = True
 ) -> subprocess.CompletedProcess[str]:
     """`code` run to its end in a process that is forked from one with all imports done: seconds less."""
     nursery = _nursery()
@@ -149,7 +157,7 @@ def in_a_process(
     assert nursery.stdout is not None
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        asked = {"code": code, "words": words, "cwd": str(cwd), "env": os.environ | (env or {})}
+        asked = {"code": code, "words": words, "cwd": str(cwd), "env": os.environ | (env or {}), "reports": reports}
         nursery.stdin.write(json.dumps(asked | {"out": str(out), "err": str(err)}) + "\n")
         nursery.stdin.flush()
         status = int(nursery.stdout.readline())

@@ -1,6 +1,7 @@
 """Commands in processes that need not import everything anew: one that has done so forks for each of them.
 
-    python nursery.py      reads {"code", "words", "cwd", "env", "out", "err"} as lines of JSON, writes exit statuses
+    python nursery.py      reads lines of JSON, {"code", "words", "cwd", "env", "out", "err", "reports"}, and writes
+                           exit statuses; without "reports" a run draws none
 
 What a command changes, it changes in its own process. No thread of torch has begun where it is forked from.
 """
@@ -29,6 +30,8 @@ def child(asked: dict[str, Any]) -> int:
     os.environ.update(asked["env"])
     tempfile.tempdir = None
     sys.argv = ["itermerge", *asked["words"]]
+    if not asked["reports"]:
+        import_module("itermerge.report").run = lambda folder: []
     try:
         exec(compile(asked["code"], "command", "exec"), {"__name__": "__main__"})  # a line of a test's own
     except SystemExit as ended:

@@ -370,7 +370,7 @@ def test_when_a_worker_dies_its_job_has_failed_and_the_others_go_on(tmp_path: Pa
     assert None not in marks
     assert "the launcher ended with TerminatedWorkerError; 1 jobs are launched again" in err
     assert re.search(r"\d of 3 jobs are not done: \d failed\. To run them:", err)
-    done = itermerge("sweep.resume=sweep", cwd=tmp_path)
+    done = itermerge("sweep.resume=sweep", "hydra/launcher=basic", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert made_more_than_once(tmp_path / "sweep") == {}
 
