@@ -34,7 +34,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 # The same examples on every machine, or a property found wanting by one draw in a thousand fails somebody else's build.
 # To look for new ones: HYPOTHESIS_PROFILE=explore pytest ...; what it finds becomes an @example.
-settings.register_profile("default", derandomize=True, deadline=None, max_examples=40)
+settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 

@@ -503,7 +503,7 @@ atexit.register(lambda: Path("memory.json").write_text(json.dumps([start, most[0
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="private memory is read from Linux's /proc")
-@pytest.mark.parametrize("rule", [("merge=ties", "merge.scope=model", "threads=2")])
+@pytest.mark.parametrize("rule", [("merge=dare", "threads=2"), ("merge=ties", "merge.scope=model")])
 def test_memory_is_bounded(rule: tuple[str, ...], tmp_path: Path) -> None:
     """Two models of 400 MB in bfloat16, 300 of them in one tensor: less than a quarter of one on top of what torch
     takes."""

@@ -66,7 +66,7 @@ def test_killed_and_interrupted_at_any_moment_and_run_again_gives_the_same_bytes
     moments = random.Random(f"kill {kind}")
     store = [f"store.dir={tmp_path / 'store'}"] if kind == "local" else ["store=none"]
     words, run = [*SMALL, *store, f"hydra.run.dir={tmp_path / 'run'}"], tmp_path / "run"
-    for number in [signal.SIGKILL, signal.SIGINT] if kind == "local" else [signal.SIGKILL]:
+    for number in [signal.SIGKILL, signal.SIGKILL, signal.SIGINT] if kind == "local" else [signal.SIGKILL]:
         (run / "rounds.jsonl").unlink(missing_ok=True)
         started = command(*words, cwd=tmp_path)
         _wait_for(started, run / "rounds.jsonl")

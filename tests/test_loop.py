@@ -855,7 +855,8 @@ def _facts(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in deterministic_set(folder).items() if "/model/" not in name}
 
 
-@pytest.mark.parametrize(("keep", "events"), [("last", "1"), ("none", "last")])
+@pytest.mark.parametrize("events", ["1", "last"])
+@pytest.mark.parametrize("keep", ["last", "none"])
 def test_weights_that_are_not_kept_change_no_result_and_are_made_again_where_needed(
     keep: str, events: str, tmp_path: Path
 ) -> None:

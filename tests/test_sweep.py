@@ -329,16 +329,16 @@ def test_a_missing_launcher_is_said_with_its_extra(
 
 
 def test_two_workers_share_stages_and_give_the_bytes_of_one(tmp_path: Path) -> None:
-    words = (*ONE, "rounds=2", "merge.ratio=0.25,1.0", "merge.every_n_epochs=last", "hydra.sweep.dir=sweep")
+    words = (*ONE, "rounds=2", "merge.ratio=0.25,0.5,0.75,1.0", "merge.every_n_epochs=last", "hydra.sweep.dir=sweep")
     done = itermerge(
         *words, f"store.dir={tmp_path / 'store'}", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
         "sweep.gpus=[0,1]", "trainer.accelerator=cpu", cwd=tmp_path, env={"TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert made_more_than_once(tmp_path / "sweep") == {}
-    taken = {json.loads((tmp_path / "sweep" / n / "provenance.json").read_text())["gpu"] for n in "01"}
+    taken = {json.loads((tmp_path / "sweep" / n / "provenance.json").read_text())["gpu"] for n in "0123"}
     assert taken <= {"0", "1"}
-    for job, ratio in enumerate(("0.25", "1.0")):
+    for job, ratio in enumerate(("0.25", "0.5", "0.75", "1.0")):
         alone = tmp_path / f"alone{job}"
         run_here(alone, "store=none", "merge.every_n_epochs=last", f"merge.ratio={ratio}")
         assert deterministic_set(tmp_path / "sweep" / str(job)) == deterministic_set(alone)

@@ -178,7 +178,7 @@ def test_the_command_is_there_and_says_where_there_is_no_store(tmp_path: Path) -
     assert f"error: --dir: there is no store at {tmp_path / 'x'}" in done.stderr
 
 
-def test_one_byte_flipped_in_random_files_of_a_real_store_is_always_found(
+def test_one_byte_flipped_in_20_random_files_of_a_real_store_is_always_found(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     where = f"store.dir={tmp_path / 'store'}"
@@ -188,7 +188,7 @@ def test_one_byte_flipped_in_random_files_of_a_real_store_is_always_found(
     files = sorted(
         f for f in (tmp_path / "store").glob("*/??/*/*") if f.name not in ("timing.json", "kept") and f.stat().st_size
     )
-    for number in range(8):
+    for number in range(20):
         file = draw.choice(files)
         content, at = bytearray(file.read_bytes()), 0
         at = draw.randrange(len(content))

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, compose_analyze, compose_config, itermerge, read_rounds, run_here
+from conftest import SMALL, compose_analyze, compose_config, deterministic_set, itermerge, read_rounds, run_here
 
 from itermerge import plan, stages, vllm
 from itermerge.config import ConfigError, check, check_analyze, conf_dir
@@ -291,11 +291,14 @@ def test_a_run_samples_and_evaluates_through_vllm(calls: Any, tmp_path: Path) ->
     assert {k: v for k, v in rounds[0].items() if "acc" in k} == {k: v for k, v in theirs.items() if "acc" in k}
     assert "diversity/token_entropy" in theirs
 
-    # once more, all of it is found and nothing is started
+    # once more, all of it is found and nothing is started; without the store it comes out the same
     asked = len(calls())
     again = run_here(tmp_path / "again", *VLLM, *more)
     assert again["stages"]["computed"] == {}
     assert len(calls()) == asked
+    fresh = run_here(tmp_path / "fresh", *VLLM, *more[:-1], "store=none")
+    assert fresh["stages"]["reused"] == {}
+    assert deterministic_set(tmp_path / "fresh") == deterministic_set(tmp_path / "vllm")
 
 
 def test_a_teacher_of_another_kind_takes_turns(calls: Any, tmp_path: Path, tiny_folder: Path) -> None:

@@ -37,7 +37,7 @@ class Completion:
     """What the model wrote; `finished` is False when it ran into the token limit.
 
     `entropy` is the sum over its tokens of the entropy (nats, temperature 1) of the distribution that each was drawn
-    from; 0 for greedy decoding.
+    from; 0 for greedy decoding, nan where the sampler does not tell (vLLM).
     """
 
     text: str
@@ -293,7 +293,7 @@ class _Batches:
         return self.model(input_ids=tokens, attention_mask=mask, **how).logits[:, -1]
 
     def run(self, ids: Sequence[Sequence[int]], keys: np.ndarray | None) -> list[Completion]:
-        """Completions of one batch; `ids` without what `share` took off."""
+        """Completions of one batch; `ids` without what `begun` has computed."""
         rows, device = len(ids), self.policy.device
         tokens, positions, mask = self._padded(ids, self.max_new)
         width = tokens.shape[1]
