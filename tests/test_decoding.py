@@ -284,7 +284,7 @@ def test_the_head_is_split_off_where_that_gives_the_models_own_logits(
     monkeypatch.setattr(decoding._Room, "update", count)
     prompts = [HEAD + p for p in sorted(PROMPTS[:3], key=len)]  # as they go into the batch
     made = complete(policy, prompts, keys=[1, 2, 3], batch_size=16, max_new_tokens=6)
-    assert decoding._SPLIT[(type(policy.model), dtype, True, policy.model.config.to_json_string())]
+    assert decoding._SPLIT[(type(policy.model), dtype, policy.model.config.to_json_string())]
     assert max(asked) == max(map(len, PROMPTS[:3])) + 6  # a token a character
     tolerance, checked = 2e-5 if dtype == torch.float32 else 0.06, 0
     texts = [policy.encode_prompt(p) for p in prompts]
@@ -322,7 +322,7 @@ def test_attention_that_gives_other_logits_is_not_used(tiny: Policy, monkeypatch
 
     monkeypatch.setattr(attention, "_flash", wrong)
     assert complete(policy, [HEAD + p for p in PROMPTS], keys=None, batch_size=8, max_new_tokens=8) == alone
-    assert decoding._SPLIT[(type(policy.model), torch.float32, True, policy.model.config.to_json_string())] is False
+    assert decoding._SPLIT[(type(policy.model), torch.float32, policy.model.config.to_json_string())] is False
     assert policy.model.config._attn_implementation == "sdpa"
 
 

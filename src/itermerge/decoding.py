@@ -11,7 +11,6 @@ CPU it attends in a way of its own too (`attention`), where that is found to giv
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from .weights import PolicyError
 
 Decode = Callable[..., list["Completion"]]  # `complete` of some model: (prompts, *, keys, stop, ...)
 _SPLIT: dict[tuple[object, ...], bool] = {}  # kinds of models, and whether `attention` gives their logits
+TRIED = 32  # tokens of a text on which `attention` is tried
 LEAVE_AT = 0.9  # the batch is packed anew when so few of its rows are still alive
 
 
@@ -211,7 +211,7 @@ class _Batches:
     def begun(self, ids: Sequence[list[int]]) -> Iterator[int]:
         """The number of tokens at the head of all prompts, which are computed here, once."""
         self.prefix, self.shared = self._share(ids)
-        if not self._splits(ids):
+        if not ids or not self._splits():
             yield self.shared
             return
         with self._split():
@@ -234,30 +234,38 @@ class _Batches:
             return None, 0
         return prefix, length
 
-    def _splits(self, ids: Sequence[list[int]]) -> bool:
-        """Whether `attention` gives this model's logits: tried once a kind of model, on the shortest and the longest
-        prompt, all but their last tokens in one batch and then those, against each prompt by itself."""
-        if not (ids and self.takes_positions and keeps_every_key(self.model) and attention.possible(self.model)):
+    def _splits(self) -> bool:
+        """Whether `attention` gives this model's logits; tried once a kind of model, on tokens that are always the
+        same: what a process is asked first decides nothing."""
+        if not (self.takes_positions and keeps_every_key(self.model) and attention.possible(self.model)):
             return False
-        dtype = next(self.model.parameters()).dtype
-        kind = (type(self.model), dtype, bool(self.shared), self.model.config.to_json_string())
+        kind = (type(self.model), next(self.model.parameters()).dtype, self.model.config.to_json_string())
         if kind not in _SPLIT:
-            tried = [t for t in (min(ids, key=len), max(ids, key=len)) if len(t) > self.shared + 1]
-            if not tried:
-                return False
-            alone = [self.model(input_ids=torch.tensor([t]), **self.extra).logits[:, -1] for t in tried]
-            try:
-                with self._split():
-                    tokens, positions, mask = self._padded([t[self.shared : -1] for t in tried], 1)
-                    cache, end = self._cache(len(tried), tokens.shape[1] + 1), self.shared + tokens.shape[1]
-                    self._forward(tokens, positions, mask, self.shared, end, cache)
-                    last = torch.tensor([t[-1:] for t in tried])
-                    made = self._forward(last, positions, mask, end, end + 1, cache)
-                worst = float((made - torch.cat(alone)).abs().max() / torch.cat(alone).std())
-            except attention.Unsupported:
-                worst = math.inf
-            _SPLIT[kind] = worst < (1e-3 if dtype == torch.float32 else 0.1)
+            _SPLIT[kind] = _Batches(self.policy, self.stopper, 1, 1.0, 1.0)._try()
         return _SPLIT[kind]
+
+    def _try(self) -> bool:
+        """Two texts that begin alike, all but their last tokens in one batch and then those, against each by itself."""
+        if self.policy.context < TRIED:
+            return False
+        words = self.model.get_input_embeddings().num_embeddings
+        drawn = torch.randint(words, (2, TRIED), generator=torch.Generator().manual_seed(0))
+        head = drawn[0, : TRIED // 2].tolist()
+        texts = [[*head, *drawn[0, TRIED // 2 :].tolist()], [*head, *drawn[1, : TRIED // 4].tolist()]]
+        alone = torch.cat([self.model(input_ids=torch.tensor([t]), **self.extra).logits[:, -1] for t in texts])
+        self.prefix, self.shared = self._share(texts)
+        if not self.shared:
+            return False
+        try:
+            with self._split():
+                tokens, positions, mask = self._padded([t[self.shared : -1] for t in texts], 1)
+                cache, end = self._cache(len(texts), tokens.shape[1] + 1), self.shared + tokens.shape[1]
+                self._forward(tokens, positions, mask, self.shared, end, cache)
+                made = self._forward(torch.tensor([t[-1:] for t in texts]), positions, mask, end, end + 1, cache)
+        except attention.Unsupported:
+            return False
+        worst = float((made - alone).abs().max() / alone.std())
+        return worst < (1e-3 if alone.dtype == torch.float32 else 0.1)
 
     @contextmanager
     def _split(self) -> Iterator[None]:
