@@ -105,9 +105,6 @@ def test_a_finished_folder_is_refused(reference: Path, tmp_path: Path) -> None:
 # --- sweeps --------------------------------------------------------------------------------------------------------
 
 
-ONE_WORKER = pytest.mark.xdist_group("sweep")  # so that the sweep runs once
-
-
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """Four jobs: ratio 0.5 and 1, and for each of them one whose examples are longer than it allows."""
@@ -122,7 +119,6 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
 Sweep = tuple[Path, subprocess.CompletedProcess[str]]
 
 
-@ONE_WORKER
 def test_a_failed_job_is_marked_and_named_and_the_others_go_on(sweep: Sweep) -> None:
     folder, done = sweep
     marks = [sorted({"DONE", "FAILED", "INTERRUPTED"} & {f.name for f in (folder / n).iterdir()}) for n in "0123"]
@@ -136,7 +132,6 @@ def test_a_failed_job_is_marked_and_named_and_the_others_go_on(sweep: Sweep) -> 
     assert all("sft.max_length is 16" in line for line in named)
 
 
-@ONE_WORKER
 def test_a_sweep_ends_with_its_table_and_figure(sweep: Sweep) -> None:
     folder, done = sweep
     assert (folder / "figures" / "id_ood.png").read_bytes().startswith(b"\x89PNG")
@@ -159,7 +154,6 @@ def test_a_sweep_ends_with_its_table_and_figure(sweep: Sweep) -> None:
     assert "started fit" in (folder / "0" / "run.log").read_text()
 
 
-@ONE_WORKER
 def test_jobs_of_a_sweep_share_their_stages(sweep: Sweep) -> None:
     folder, _ = sweep
     counts: list[dict[str, Any]] = [
@@ -188,7 +182,6 @@ def _records(content: bytes) -> Iterator[bytes]:
             parts = b""
 
 
-@ONE_WORKER
 def test_each_job_of_a_sweep_has_one_offline_wandb_run_that_can_be_read(sweep: Sweep) -> None:
     from wandb.proto import wandb_internal_pb2
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import permutations
 from typing import Any
 
@@ -38,16 +39,20 @@ def permutation_p(x: Sequence[float], y: Sequence[float]) -> float:
     observed = float(spearman(np.array(x), np.array(y)))
     if math.isnan(observed):
         return math.nan
-    n = len(x)
-    if n <= EXACT_UP_TO:
-        orders = np.array(list(permutations(range(n))))
-    else:
-        rng = np.random.default_rng(0)
-        orders = np.vstack([np.arange(n), rng.permuted(np.tile(np.arange(n), (PERMUTATIONS, 1)), axis=1)])
+    orders = _orders(len(x))
     a, b = ranks(np.array(x, float)), ranks(np.array(y, float))
     a, b = a - a.mean(), b - b.mean()
     found = b[orders] @ a / math.sqrt(float(a @ a) * float(b @ b))
     return float((np.abs(found) >= abs(observed) - 1e-12).mean())
+
+
+@cache
+def _orders(n: int) -> np.ndarray:
+    """(permutations, n), in each row the numbers from 0 on; the first row in order."""
+    if n <= EXACT_UP_TO:
+        return np.array(list(permutations(range(n))))
+    rng = np.random.default_rng(0)
+    return np.vstack([np.arange(n), rng.permuted(np.tile(np.arange(n), (PERMUTATIONS, 1)), axis=1)])
 
 
 def top_count(layers: int, share: float) -> int:
