@@ -2,7 +2,7 @@
 
     python benchmarks/round.py [--repeats 2] [--json]    about 8 minutes a repeat on two cores; needs `make smollm2`
     python benchmarks/round.py --share                   what of our round is not forward, backward, optimizer or decode
-    python benchmarks/round.py --sizes 32 64 128 256     the peer's `generate` on some items, to choose its batch size
+    python benchmarks/round.py --sizes 16 32 64 128      the peer's `generate` on some items, to choose its batch size
 
 The round is that of `experiment=smollm2_arithmetic` (problems, prompts, stop strings, precision, steps), analysis off,
 since the peer has none; evaluated are the base and the merged model, each on all items of the suite. Both sides are
@@ -37,7 +37,7 @@ from typing import Any
 
 PRESET = ("experiment=smollm2_arithmetic", "rounds=1")
 BARE = ("analysis.importance=[]", "analysis.kl_n=0", "analysis.train_n=0", "suite.pass_k_n=0")
-PEER_ROWS = 128  # of a batch of `generate`: the best of --sizes 32 64 128 256
+PEER_ROWS = 64  # of a batch of `generate`: the best of --sizes 16 32 64 128
 TARGET = 0.5  # of the peer's time, at most
 SHARE_TARGET = 0.05
 NEAR = 0.06  # accuracies of the two sides
@@ -261,7 +261,7 @@ def try_sizes(sizes: Sequence[int], words: Sequence[str]) -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     node, new = cfg["task"], cfg["sampler"]["max_new_tokens"]
     task = GymTask(node["dataset"], node["label"], node["options"], node["shots"], node["train_shots"])
-    prompts = [p.asked for p in task.problems("test", max(sizes), 0)]
+    prompts = [p.asked for p in task.problems("test", max(256, *sizes), 0)]
     for size in [sizes[0], *sizes]:  # the first warms up
         times = []
         for how in ({}, {"k": 4, "temperature": 0.8}):

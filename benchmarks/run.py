@@ -160,7 +160,8 @@ def machine() -> list[str]:
 
 def section(benchmark: Benchmark, outcome: Outcome | None) -> tuple[str, str]:
     """A benchmark's line in the summary, and its section."""
-    shown = " ".join(benchmark.command).replace(sys.prefix, Path(sys.prefix).name)
+    shown = re.sub(r"\S+/bin/python", "ENV/bin/python", " ".join(benchmark.command))
+    shown = shown.replace(sys.prefix, Path(sys.prefix).name)
     head = f"## {benchmark.name}\n\n{benchmark.what[0].upper()}{benchmark.what[1:]}: `python benchmarks/{shown}`.\n\n"
     target = "none" if benchmark.target is None else f"{benchmark.bound} {benchmark.target:g}"
     if outcome is None:

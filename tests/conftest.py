@@ -8,14 +8,15 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
@@ -121,12 +122,6 @@ def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
     return summary
 
 
-def command(*words: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """`itermerge` started in another process."""
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-m", "itermerge", *words], cwd=cwd, env=os.environ | (env or {}), **pipes)
-
-
 def itermerge(
     *words: str, cwd: Path, env: dict[str, str] | None = None, reports: bool = False
 ) -> subprocess.CompletedProcess[str]:
@@ -134,10 +129,10 @@ def itermerge(
     starts processes it is one of its own: joblib's does not end in a process that was forked."""
     alone = any(word.startswith("hydra/launcher=") and word != "hydra/launcher=basic" for word in words)
     if alone or "PYTHONHASHSEED" in (env or {}):
-        started = command(*words, cwd=cwd, env=env)
-        out, err = started.communicate(timeout=600)
-        return subprocess.CompletedProcess(words, started.returncode, out, err)
-    return in_a_process("from itermerge.cli import main; main()", *words, cwd=cwd, env=env, reports=reports)
+        command = [sys.executable, "-m", "itermerge", *words]
+        own = {"cwd": cwd, "env": os.environ | (env or {}), "capture_output": True, "text": True, "timeout": 600}
+        return subprocess.run(command, check=False, **own)
+    return in_a_process(MAIN, *words, cwd=cwd, env=env, reports=reports)
 
 
 @cache
@@ -148,20 +143,55 @@ def _nursery() -> subprocess.Popen[str]:
     return started
 
 
+class Forked:
+    """`code` in a process that is forked from one with all imports done: seconds less. One at a time."""
+
+    def __init__(self, code: str, words: Sequence[str], cwd: Path, env: dict[str, str] | None, reports: bool) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.out, self.err = (Path(self.folder.name) / name for name in ("out", "err"))
+        asked = {"code": code, "words": words, "cwd": str(cwd), "env": os.environ | (env or {}), "reports": reports}
+        nursery = _nursery()
+        assert nursery.stdin is not None
+        assert nursery.stdout is not None
+        self.told = nursery.stdout
+        nursery.stdin.write(json.dumps(asked | {"out": str(self.out), "err": str(self.err)}) + "\n")
+        nursery.stdin.flush()
+        self.pid, self.returncode = int(self.told.readline()), cast("int | None", None)
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self.told], [], [], 0)[0]:
+            self.returncode = int(self.told.readline())
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
+        """What it wrote, when it has ended."""
+        if self.returncode is None:
+            assert select.select([self.told], [], [], timeout)[0], f"still running after {timeout} s"
+            self.returncode = int(self.told.readline())
+        with self.folder:
+            return self.out.read_text(), self.err.read_text()
+
+
+MAIN = "from itermerge.cli import main; main()"
+
+
+def forked(*words: str, cwd: Path) -> Forked:
+    """`itermerge` started in such a process."""
+    return Forked(MAIN, words, cwd, None, reports=False)
+
+
 def in_a_process(
     code: str, *words: str, cwd: Path, env: dict[str, str] | None = None, reports: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """`code` run to its end in a process that is forked from one with all imports done: seconds less."""
-    nursery = _nursery()
-    assert nursery.stdin is not None
-    assert nursery.stdout is not None
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        asked = {"code": code, "words": words, "cwd": str(cwd), "env": os.environ | (env or {}), "reports": reports}
-        nursery.stdin.write(json.dumps(asked | {"out": str(out), "err": str(err)}) + "\n")
-        nursery.stdin.flush()
-        status = int(nursery.stdout.readline())
-        return subprocess.CompletedProcess(words, status, out.read_text(), err.read_text())
+    """`code` run to its end in such a process."""
+    started = Forked(code, words, cwd, env, reports)
+    out, err = started.communicate()
+    assert started.returncode is not None
+    return subprocess.CompletedProcess(words, started.returncode, out, err)
 
 
 def deterministic_set(folder: Path) -> dict[str, bytes]:

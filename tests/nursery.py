@@ -1,7 +1,8 @@
 """Commands in processes that need not import everything anew: one that has done so forks for each of them.
 
-    python nursery.py      reads lines of JSON, {"code", "words", "cwd", "env", "out", "err", "reports"}, and writes
-                           exit statuses; without "reports" a run draws none
+    python nursery.py      reads lines of JSON, {"code", "words", "cwd", "env", "out", "err", "reports"}, and writes for
+                           each a line when it has begun, its pid, and one when it has ended, its exit status (-9 where
+                           signal 9 ended it); without "reports" a run draws none
 
 What a command changes, it changes in its own process. No thread of torch has begun where it is forked from.
 """
@@ -60,6 +61,7 @@ def main() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+        print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 

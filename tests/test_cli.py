@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, command, deterministic_set, itermerge, run_here
+from conftest import SMALL, Forked, deterministic_set, forked, itermerge, run_here
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_one_command_makes_a_whole_run_folder_with_the_same_bytes(reference: Pat
     assert "Warning" not in done.stderr
 
 
-def _wait_for(started: subprocess.Popen[str], file: Path) -> None:
+def _wait_for(started: Forked, file: Path) -> None:
     """Until the run has written its first round; fails when it ended before."""
     for _ in range(6000):
         if file.is_file() and file.read_text():
@@ -68,7 +68,7 @@ def test_killed_and_interrupted_at_any_moment_and_run_again_gives_the_same_bytes
     words, run = [*SMALL, *store, f"hydra.run.dir={tmp_path / 'run'}"], tmp_path / "run"
     for number in [signal.SIGKILL, signal.SIGKILL, signal.SIGINT] if kind == "local" else [signal.SIGKILL]:
         (run / "rounds.jsonl").unlink(missing_ok=True)
-        started = command(*words, cwd=tmp_path)
+        started = forked(*words, cwd=tmp_path)
         _wait_for(started, run / "rounds.jsonl")
         time.sleep(moments.uniform(0, 0.7))
         started.send_signal(number)

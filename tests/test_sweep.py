@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, deterministic_set, itermerge, run_here
+from conftest import SMALL, deterministic_set, forked, itermerge, run_here
 
 from itermerge import cli, stages, sweep
 from itermerge.config import ConfigError
@@ -269,16 +269,16 @@ def test_on_error_stop_leaves_out_what_has_not_begun(tmp_path: Path) -> None:
 
 def test_a_sweep_that_was_killed_goes_on_in_its_folder(tmp_path: Path) -> None:
     words = (*ONE, "merge.ratio=0.25,0.75", "rounds=2", "hydra.sweep.dir=sweep", f"store.dir={tmp_path / 'store'}")
-    command = [sys.executable, "-m", "itermerge", *words]
-    started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    started = forked(*words, cwd=tmp_path)
     log = tmp_path / "sweep" / "0" / "run.log"
     for _ in range(6000):
         if log.is_file() and "made fit" in log.read_text():
             break
         assert started.poll() is None
         time.sleep(0.02)
-    started.kill()
+    started.send_signal(signal.SIGKILL)
     started.communicate()
+    assert started.returncode == -9
     assert sweep.mark_of(tmp_path / "sweep" / "0") is None
     done = itermerge("sweep.resume=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -290,8 +290,7 @@ def test_a_sweep_that_was_killed_goes_on_in_its_folder(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_a_sweep_with_the_command_that_goes_on(tmp_path: Path) -> None:
     words = (*ONE, "merge.ratio=0.25,0.75", "rounds=3", "hydra.sweep.dir=sweep", f"store.dir={tmp_path / 'store'}")
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = subprocess.Popen([sys.executable, "-m", "itermerge", *words], cwd=tmp_path, **pipes)
+    started = forked(*words, cwd=tmp_path)
     log = tmp_path / "sweep" / "0" / "run.log"
     while not (log.is_file() and "made" in log.read_text()):
         assert started.poll() is None
@@ -346,7 +345,7 @@ def test_two_workers_share_stages_and_give_the_bytes_of_one(tmp_path: Path) -> N
 
 def test_when_a_worker_dies_its_job_has_failed_and_the_others_go_on(tmp_path: Path) -> None:
     """joblib ends with an error and takes the other worker along; what had not begun is launched again."""
-    words = (*ONE, "rounds=4", "merge.ratio=0.25,0.5,0.75", "hydra.sweep.dir=sweep", "hydra/launcher=joblib")
+    words = (*ONE, "rounds=2", "merge.ratio=0.25,0.5,0.75", "hydra.sweep.dir=sweep", "hydra/launcher=joblib")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [sys.executable, "-m", "itermerge", *words, "hydra.launcher.n_jobs=2", f"store.dir={tmp_path / 'store'}"]
     started = subprocess.Popen(command, cwd=tmp_path, **pipes)

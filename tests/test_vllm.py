@@ -41,18 +41,54 @@ def spec(**changes: Any) -> EngineSpec:
     return dataclasses.replace(engine_spec(sampler, "cpu", 1), **{"timeout": 240, **changes})
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+Calls = Callable[..., list[dict[str, Any]]]
+
+
+def placed(patch: pytest.MonkeyPatch, file: Path) -> Calls:
     """Puts the stand-in where the worker finds it; what it was asked to do so far, or one kind of that."""
-    file = tmp_path / "calls.jsonl"
-    monkeypatch.setenv("PYTHONPATH", str(FAKE))
-    monkeypatch.setenv("FAKE_VLLM_LOG", str(file))
+    patch.setenv("PYTHONPATH", str(FAKE))
+    patch.setenv("FAKE_VLLM_LOG", str(file))
 
     def read(do: str = "") -> list[dict[str, Any]]:
         lines = file.read_text().splitlines() if file.exists() else []
         return [call for call in map(json.loads, lines) if do in ("", call["do"])]
 
     return read
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+    return placed(monkeypatch, tmp_path / "calls.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """An engine with the lab's weights, and how it is to misbehave from now on."""
+
+    engine: Engine
+    calls: Calls
+    folder: Path
+
+    def misbehave(self, how: str) -> None:
+        (self.folder / "calls.jsonl.how").write_text(how)
+
+
+@pytest.fixture(scope="module")
+def one(lab: Policy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """For all tests that need no other."""
+    folder = tmp_path_factory.mktemp("engine")
+    with pytest.MonkeyPatch.context() as patch:
+        found = placed(patch, folder / "calls.jsonl")
+        engine = Engine(spec(), folder)
+        engine.load(LAB_SEED0, lab)
+    yield Running(engine, found, folder)
+    engine.close()
+
+
+@pytest.fixture
+def running(one: Running) -> Iterator[Running]:
+    yield one
+    one.misbehave("")
 
 
 @pytest.fixture
@@ -84,9 +120,8 @@ def gone(pid: int) -> bool:
 # --- completions ------------------------------------------------------------------------------------------------------
 
 
-def test_greedy_completions_are_decodings(start: Any, lab: Policy, calls: Any) -> None:
-    engine, ticks = start(), []
-    engine.load(LAB_SEED0, lab)
+def test_greedy_completions_are_decodings(running: Running, lab: Policy) -> None:
+    engine, ticks = running.engine, list[int]()
     for stop in ((), ("4", "q"), ("\n",)):
         ours = complete(lab, PROMPTS, keys=None, stop=stop, **HOW)
         assert engine.complete(PROMPTS, keys=None, stop=stop, on_progress=ticks.append, **HOW) == ours
@@ -94,7 +129,7 @@ def test_greedy_completions_are_decodings(start: Any, lab: Policy, calls: Any) -
         assert sum(ticks) == len(PROMPTS)
         ticks.clear()
     assert engine.complete([], keys=None, **HOW) == []
-    (started,) = calls("start")
+    (started,) = running.calls("start")
     assert started["options"] == {
         "dtype": "float32", "max_num_seqs": 3, "max_model_len": -1, "seed": 0, "gpu_memory_utilization": 0.5,
         "enforce_eager": False, "enable_sleep_mode": False, "enable_prefix_caching": True,
@@ -102,12 +137,11 @@ def test_greedy_completions_are_decodings(start: Any, lab: Policy, calls: Any) -
     }  # fmt: skip
 
 
-def test_a_sample_belongs_to_its_key(start: Any, lab: Policy, calls: Any) -> None:
-    engine = start()
-    engine.load(LAB_SEED0, lab)
+def test_a_sample_belongs_to_its_key(running: Running) -> None:
+    engine = running.engine
     keys = [7, 1 << 63, SEEDS + 7, (1 << 64) - 1, 11, 12, 13, 14]
     made = engine.complete(PROMPTS, keys=keys, temperature=1.5, **HOW)
-    assert calls("generate")[-1]["seeds"] == [7, 0, 7, SEEDS - 1, 11, 12, 13, 14]
+    assert running.calls("generate")[-1]["seeds"] == [7, 0, 7, SEEDS - 1, 11, 12, 13, 14]
     assert all(math.isnan(c.entropy) for c in made)
     again = engine.complete(PROMPTS[::-1], keys=keys[::-1], temperature=1.5, **HOW)
     assert again[::-1] == made
@@ -116,16 +150,13 @@ def test_a_sample_belongs_to_its_key(start: Any, lab: Policy, calls: Any) -> Non
 
 
 @pytest.mark.parametrize("how", ["early", "late"])
-def test_what_vllm_takes_for_the_end_is_read_here(
-    how: str, start: Any, lab: Policy, calls: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_vllm_takes_for_the_end_is_read_here(how: str, running: Running, lab: Policy) -> None:
     """`early`: it stops after three tokens that hold no stop string; `late`: it sees none."""
-    monkeypatch.setenv("FAKE_VLLM", how)
-    engine = start()
-    engine.load(LAB_SEED0, lab)
+    before = len(running.calls("generate"))
+    running.misbehave(how)
     ours = complete(lab, PROMPTS, keys=None, stop=("4", "q"), **HOW)
-    assert engine.complete(PROMPTS, keys=None, stop=("4", "q"), **HOW) == ours
-    asked = [(call["n"], call["stop"]) for call in calls("generate")]
+    assert running.engine.complete(PROMPTS, keys=None, stop=("4", "q"), **HOW) == ours
+    asked = [(call["n"], call["stop"]) for call in running.calls("generate")[before:]]
     longer = sum(c.tokens > 3 for c in ours)
     assert longer > 0
     assert asked == ([(8, ["4", "q"]), (longer, [])] if how == "early" else [(8, ["4", "q"])])

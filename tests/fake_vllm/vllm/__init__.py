@@ -2,7 +2,8 @@
 PYTHONPATH. It is as strict as the real one where a mistake would go unseen there: a head computes with a packed copy of
 its weights, cached keys and values outlive a reload, and a sleeping engine has no weights.
 
-FAKE_VLLM_LOG: a file that gets a line of JSON for each call. FAKE_VLLM: how it is to misbehave.
+FAKE_VLLM_LOG: a file that gets a line of JSON for each call. FAKE_VLLM, or the file FAKE_VLLM_LOG.how: how it is to
+misbehave.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +34,11 @@ def note(**what: Any) -> None:
 
 
 def misbehaves(how: str) -> bool:
-    return os.environ.get("FAKE_VLLM") == how
+    if os.environ.get("FAKE_VLLM") == how:
+        return True
+    with suppress(OSError), open(os.environ.get("FAKE_VLLM_LOG", "") + ".how") as file:
+        return file.read() == how
+    return False
 
 
 @dataclass
