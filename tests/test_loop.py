@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -855,13 +856,29 @@ def _facts(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in deterministic_set(folder).items() if "/model/" not in name}
 
 
+def _kept(events: str) -> tuple[str, ...]:
+    return (f"merge.every_n_epochs={events}", "suite.pass_k_n=0")
+
+
+@pytest.fixture(scope="module")
+def all_kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Three rounds whose weights are all kept, made once for each kind of merge events."""
+
+    @cache
+    def folder(events: str) -> Path:
+        at = tmp_path_factory.mktemp("kept")
+        run_here(at / "all", f"store.dir={at / 'store'}", *_kept(events), "rounds=3")
+        return at / "all"
+
+    return folder
+
+
 @pytest.mark.parametrize("events", ["1", "last"])
 @pytest.mark.parametrize("keep", ["last", "none"])
 def test_weights_that_are_not_kept_change_no_result_and_are_made_again_where_needed(
-    keep: str, events: str, tmp_path: Path
+    keep: str, events: str, all_kept: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    how = (f"merge.every_n_epochs={events}", "suite.pass_k_n=0")
-    run_here(tmp_path / "all", f"store.dir={tmp_path / 'other'}", *how, "rounds=3")
+    how, whole = _kept(events), all_kept(events)
     where = (f"store.dir={tmp_path / 'store'}", *how, f"store.keep={keep}")
     run_here(tmp_path / "two", *where, "rounds=2")
     shared = {"fit": 1} if (keep, events) == ("last", "last") else {}  # that of round 1: other ratios have it too
@@ -872,7 +889,7 @@ def test_weights_that_are_not_kept_change_no_result_and_are_made_again_where_nee
 
     summary = run_here(tmp_path / "three", *where, "rounds=3")  # goes on where the other run ended
     assert summary["weights_kept"] == keep
-    assert _facts(tmp_path / "three") == _facts(tmp_path / "all")
+    assert _facts(tmp_path / "three") == _facts(whole)
     # rounds 1 and 2, to have round 2's model, and the update that the next one is compared with
     again = {"fit": 2, "merge": 2, "update": 2} if keep == "none" else {}
     computed = summary["stages"]["computed"]
@@ -880,7 +897,7 @@ def test_weights_that_are_not_kept_change_no_result_and_are_made_again_where_nee
     if keep == "last":
         once = ("sample", "verify", "fit", "merge", "analyze", "update", "probe")
         assert computed == {"evaluate": 2} | dict.fromkeys(once, 1)
-        models = {name: data for name, data in deterministic_set(tmp_path / "all").items() if "03/model" in name}
+        models = {name: data for name, data in deterministic_set(whole).items() if "03/model" in name}
         assert {n: d for n, d in deterministic_set(tmp_path / "three").items() if "/model/" in n} == models
 
     warm = run_here(tmp_path / "warm", *where, "rounds=3")
