@@ -336,3 +336,14 @@ def test_rows_from_the_end_fill_the_holes() -> None:
     assert room.keys.shape == (3, 1, 3, 2)
     room.update(states[:3, :, :1], states[:3, :, :1])
     assert room.keys[1, 0, :, 0].tolist() == [4, 4, 4, 1]
+
+
+def test_the_head_multiplies_the_last_positions_of_all_rows_at_once(tiny: Policy) -> None:
+    """Not as a slice of longer rows: torch would copy the head for each of them. And the model is left as it was."""
+    head, seen = tiny.model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _, given, made: seen.append((tuple(given[0].shape), given[0].is_contiguous())))
+    complete(tiny, ["sum 1+2?", "sum 3+4?", "max 1,2,30?"], keys=None, max_new_tokens=3, batch_size=8)
+    assert {shape[1] for shape, _ in seen} == {1}
+    assert max(shape[0] for shape, _ in seen) == 2
+    assert all(contiguous for _, contiguous in seen)
+    assert not head._forward_pre_hooks
