@@ -1,12 +1,12 @@
 """Runs the benchmarks of this folder, each as a process of its own, and writes RESULTS.md beside this file.
 
-    make bench                                all of them: about 25 minutes on two cores with nothing else to do
+    make bench                                all of them: about 40 minutes on two cores with nothing else to do
     make bench ARGS="--only sampling sft"     those whose names begin so
     make bench ARGS="--vllm ENV/bin/python"   vLLM as well, from an environment that has it
 
 Fixed settings and limits. A benchmark that fails, or does not end in time, is written as failed with its last line; the
-others go on, and the exit status is 1. A missed target is no failure: machines differ. What is not run this time keeps
-no figures of another time.
+others go on, and the exit status is 1. A missed target is no failure: machines differ. Each section names its date,
+commit and machine, and is written when it is done; those of benchmarks that are not run this time stay as they were.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,8 @@ def _plain(line: str) -> str:
     return line.replace(f"{HERE.parent}/", "").replace(str(Path.home()), "~").rstrip()
 
 
-def machine() -> list[str]:
-    """Lines on what the figures were measured with."""
+def machine() -> str:
+    """A line on when and with what the figures were measured."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file() and (found := re.search(r"model name\s*: (.+)", info.read_text())):
@@ -145,31 +146,30 @@ def machine() -> list[str]:
             versions.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             versions.append(f"{name} not installed")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    )
+    git = partial(subprocess.run, cwd=HERE.parent, capture_output=True, text=True, check=False)
+    commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip() or "unknown"
+    if git(["git", "status", "--porcelain", "--", ".", ":!benchmarks/RESULTS.md"]).stdout:
+        commit += " with changes"
     from itermerge.store import cpu_flags
 
     fast = ", ".join(name for name, there in cpu_flags().items() if there) or "none"
-    return [
-        f"- {datetime.now(UTC):%Y-%m-%d}, commit {git.stdout.strip() or 'unknown'}",
-        f"- {model}, {os.cpu_count()} cores, {memory:.0f} GiB; for bfloat16: {fast}",
-        f"- {platform.system()}, Python {platform.python_version()}, {', '.join(versions)}",
-    ]
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, commit {commit}; {model}, {os.cpu_count()} cores, "
+        f"{memory:.0f} GiB, for bfloat16: {fast}; {platform.system()}, Python {platform.python_version()}, "
+        f"{', '.join(versions)}"
+    )
 
 
-def section(benchmark: Benchmark, outcome: Outcome | None) -> tuple[str, str]:
+def section(benchmark: Benchmark, outcome: Outcome) -> tuple[str, str]:
     """A benchmark's line in the summary, and its section."""
     shown = re.sub(r"\S+/bin/python", "ENV/bin/python", " ".join(benchmark.command))
     shown = shown.replace(sys.prefix, Path(sys.prefix).name)
     head = f"## {benchmark.name}\n\n{benchmark.what[0].upper()}{benchmark.what[1:]}: `python benchmarks/{shown}`.\n\n"
     target = "none" if benchmark.target is None else f"{benchmark.bound} {benchmark.target:g}"
-    if outcome is None:
-        return f"| {benchmark.name} | | {target} | not run this time |", f"{head}Not run this time.\n"
     ratio = outcome.ratio(benchmark.pattern)
     if outcome.failed:
         body = "\n".join(outcome.lines)
-        said = f"**Failed**: {outcome.failed}\n" + (f"\n```\n{body}\n```\n" if body else "")
+        said = f"**Failed**: {outcome.failed}\n" + (f"\n```\n{body}\n```\n" if body else "") + f"\n{machine()}.\n"
         return f"| {benchmark.name} | | {target} | **failed** |", head + said
     reached = "measured"
     if benchmark.target is not None and ratio is not None:
@@ -178,8 +178,28 @@ def section(benchmark: Benchmark, outcome: Outcome | None) -> tuple[str, str]:
     told = "" if ratio is None else f"{ratio:.3g}"
     said = "" if ratio is None else f"Ratio {told}, target {target}: {reached}. "
     body = table(outcome.told.get("rows", [])) or "```\n" + "\n".join(outcome.lines) + "\n```\n"
-    took = f"{said}Took {outcome.seconds:.0f} s.\n"
+    took = f"{said}Took {outcome.seconds:.0f} s. {machine()}.\n"
     return f"| {benchmark.name} | {told} | {target} | {reached} |", f"{head}{body}\n{took}"
+
+
+def written() -> dict[str, tuple[str, str]]:
+    """{benchmark: (its line in the summary, its section)} of RESULTS.md as it is."""
+    if not RESULTS.is_file():
+        return {}
+    head, *sections = re.split(r"(?m)^(?=## )", RESULTS.read_text())
+    lines = {line.split("|")[1].strip(): line for line in head.splitlines() if line.startswith("| ")}
+    named = {text.split("\n", 1)[0].removeprefix("## "): text.rstrip() + "\n" for text in sections}
+    return {name: (lines[name], text) for name, text in named.items() if name in lines}
+
+
+def write(made: Mapping[str, tuple[str, str]]) -> None:
+    """RESULTS.md, in the order of `made`."""
+    head = (
+        "# Benchmarks\n\nWritten by `make bench` (benchmarks/run.py), not by hand; each section has a date of its own."
+    )
+    summary = "\n".join(line for line, _ in made.values())
+    body = "\n".join(text for _, text in made.values())
+    RESULTS.write_text(f"{head}\n\n| benchmark | ratio | target | |\n|---|---|---|---|\n{summary}\n\n{body}")
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -205,21 +225,18 @@ def main() -> int:
         ("vllm.py", "--python", args.vllm or "ENV/bin/python", "--trials", "2"), "at least", None, 4,
     )  # fmt: skip
     benchmarks.append((vllm, args.vllm is not None))
-    done: list[tuple[Benchmark, Outcome | None]] = []
+    made, failed = written(), False
     for benchmark, chosen in benchmarks:
-        if chosen:
-            print(f"{benchmark.name}: about {benchmark.minutes:g} minutes", flush=True)
-        outcome = run(benchmark) if chosen else None
-        if outcome:
-            print("\n".join(f"    {line}" for line in (*outcome.lines, outcome.failed or "")).rstrip(), flush=True)
-        done.append((benchmark, outcome))
-    made = [section(*one) for one in done]
-    summary = "\n".join(line for line, _ in made)
-    head = "# Benchmarks\n\nWritten by `make bench` (benchmarks/run.py), not by hand; one run, all figures from it.\n\n"
-    head += "\n".join(machine()) + "\n\n| benchmark | ratio | target | |\n|---|---|---|---|\n"
-    RESULTS.write_text(f"{head}{summary}\n\n" + "\n".join(text for _, text in made))
+        if not chosen:
+            continue
+        print(f"{benchmark.name}: about {benchmark.minutes:g} minutes", flush=True)
+        outcome = run(benchmark)
+        print("\n".join(f"    {line}" for line in (*outcome.lines, outcome.failed or "")).rstrip(), flush=True)
+        made[benchmark.name] = section(benchmark, outcome)
+        write({b.name: made[b.name] for b, _ in benchmarks if b.name in made})
+        failed |= outcome.failed is not None
     print(f"wrote {RESULTS.relative_to(HERE.parent)}")
-    return int(any(outcome and outcome.failed for _, outcome in done))
+    return int(failed)
 
 
 if __name__ == "__main__":
