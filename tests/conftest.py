@@ -153,14 +153,23 @@ class Forked:
         nursery = _nursery()
         assert nursery.stdin is not None
         assert nursery.stdout is not None
-        self.told = nursery.stdout
+        self.told = nursery.stdout.fileno()
         nursery.stdin.write(json.dumps(asked | {"out": str(self.out), "err": str(self.err)}) + "\n")
         nursery.stdin.flush()
-        self.pid, self.returncode = int(self.told.readline()), cast("int | None", None)
+        self.pid, self.returncode = self._number(), cast("int | None", None)
+
+    def _number(self) -> int:
+        """The next line. What lies behind it stays in the pipe, where `select` sees it."""
+        line = b""
+        while not line.endswith(b"\n"):
+            read = os.read(self.told, 1)
+            assert read, "the nursery has ended"
+            line += read
+        return int(line)
 
     def poll(self) -> int | None:
         if self.returncode is None and select.select([self.told], [], [], 0)[0]:
-            self.returncode = int(self.told.readline())
+            self.returncode = self._number()
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -171,7 +180,7 @@ class Forked:
         """What it wrote, when it has ended."""
         if self.returncode is None:
             assert select.select([self.told], [], [], timeout)[0], f"still running after {timeout} s"
-            self.returncode = int(self.told.readline())
+            self.returncode = self._number()
         with self.folder:
             return self.out.read_text(), self.err.read_text()
 
