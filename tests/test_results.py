@@ -97,3 +97,19 @@ def test_tables_of_layers_are_those_of_the_units_and_stand_in_the_readme(
     ]
     readme = (RESULTS.parent / "README.md").read_text()
     assert all("| " + " | ".join(row.values()) + " |" in readme for row in kept)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "script"),
+    [
+        ("startup", "`benchmarks/startup.py`"),
+        ("quickstart", "startup.py --quickstart"),
+        ("round", "benchmarks/round.py"),
+    ],
+)
+def test_the_readme_has_the_ratio_that_a_benchmark_wrote(benchmark: str, script: str) -> None:
+    root = Path(__file__).parents[1]
+    summary = (root / "benchmarks" / "RESULTS.md").read_text().partition("\n## ")[0]
+    (row,) = re.findall(rf"(?m)^\| {benchmark} \| ([\d.]+) \|", summary)
+    (line,) = [x for x in (root / "README.md").read_text().splitlines() if x.startswith("| ") and script in x]
+    assert f"{float(row):.2f}" in line
