@@ -394,10 +394,10 @@ def inside(out: Path, began: float, words: Sequence[str]) -> None:
     begin = cli.start
 
     def start(*given: Any) -> Any:
-        cli._set_threads(given[0].threads)  # before torch
         clock.enter("imports")
-        watch_compute(clock)
-        watch_rest(clock)
+        with cli._imports(given[0].threads):
+            watch_compute(clock)
+            watch_rest(clock)
         clock.leave()
         return begin(*given)
 

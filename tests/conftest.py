@@ -6,6 +6,7 @@ Nothing here touches the user's own cache: ITERMERGE_HOME is a folder of the tes
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import select
@@ -45,6 +46,10 @@ SMALL = (
     "suite.near=[{kind: lab, family: chain}]", "suite.far=[{kind: lab, family: sort}]", "sampler.n=4",
     "sampler.max_new_tokens=32",
 )  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: the collector need not look at it in each test
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ What a command changes, it changes in its own process. No thread of torch has be
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import sys
@@ -50,8 +51,11 @@ IMPORTED = ("cli", "loop", "plan", "analyze", "evaluate", "export", "checkpoints
 
 
 def main() -> None:
+    gc.disable()
     for name in IMPORTED:
         import_module(f"itermerge.{name}")
+    gc.freeze()  # a child's collector would look at all of it, and so copy it
+    gc.enable()
     for line in sys.stdin:
         asked = json.loads(line)
         pid = os.fork()

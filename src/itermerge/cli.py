@@ -6,6 +6,8 @@ What a sweep adds stands in `hydra_plugins/itermerge_sweeper.py`.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import logging
 import os
@@ -111,9 +113,8 @@ def is_plan(arguments: Sequence[str]) -> bool:
 
 def show_plan(cfgs: Sequence[Root], workers: int = 1, notes: Sequence[str] = ()) -> None:
     """What plan=true says of a run or of a sweep's jobs; ends with what a run would end with before its first stage."""
-    _set_threads(max(cfg.threads for cfg in cfgs))
-    _quiet(max(cfg.threads for cfg in cfgs))
-    from . import plan
+    with _imports(max(cfg.threads for cfg in cfgs)):
+        from . import plan
 
     try:
         made = plan.plan(cfgs, workers)
@@ -136,9 +137,8 @@ def _analyze(composed: DictConfig) -> None:
         cfg = check_analyze(composed)
         if (folder / "layers.json").exists() or (folder / "config.yaml").exists():
             raise Occupied(f"out: {folder} holds something already, which is never overwritten; give another out")
-        _set_threads(cfg.threads)
-        _quiet(cfg.threads)
-        from . import analyze, report, tracking
+        with _imports(cfg.threads):
+            from . import analyze, report, tracking
 
         (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg))))
         found, failed = {}, None
@@ -167,8 +167,8 @@ def _merge(composed: DictConfig) -> None:
         users_own_modules()
         typed = list(HydraConfig.get().overrides.task)
         cfg = check_between(composed, typed)
-        _set_threads(1)  # torch's own; cfg.threads are tensors at a time
-        from . import checkpoints
+        with _imports(1, models=False):  # torch's own threads; cfg.threads are tensors at a time
+            from . import checkpoints
 
         checkpoints.merge(cfg, typed)
 
@@ -184,9 +184,8 @@ def _evaluate(composed: DictConfig) -> None:
         cfg = check_evaluate(composed, list(HydraConfig.get().overrides.task))
         if (folder / "evaluation.json").exists() or (folder / "config.yaml").exists():
             raise Occupied(f"out: {folder} holds something already, which is never overwritten; give another out")
-        _set_threads(cfg.threads)
-        _quiet(cfg.threads)
-        from . import evaluate, tracking
+        with _imports(cfg.threads):
+            from . import evaluate, tracking
 
         evaluate.show(evaluate.evaluate(cfg, folder))
         tracking.console.print(f"folder {_short(folder)}", soft_wrap=True)
@@ -203,9 +202,8 @@ def _export(composed: DictConfig) -> None:
         asked = check_export(composed)
         run = Path(asked.run).expanduser()
         cfg = _config_of(run)
-        _set_threads(cfg.threads)
-        _quiet(cfg.threads)
-        from . import export, tracking
+        with _imports(cfg.threads):
+            from . import export, tracking
 
         number = export.round_of(run, asked.round)
         out = run / "export" / export.name_of(asked.round) if asked.out is None else Path(asked.out).expanduser()
@@ -402,15 +400,13 @@ def claim(folder: Path, cfg: Root) -> None:
 
 def start(cfg: Root, folder: Path, overrides: list[str]) -> float | None:
     """Runs a checked config in its folder."""
-    _set_threads(cfg.threads)
     gpu = sweep.take_gpu(cfg.sweep.gpus, gpus_of(cfg))
-    _quiet(cfg.threads)
+    with _imports(cfg.threads):
+        from . import loop, tracking
     made_by = provenance(overrides) | ({"gpu": gpu} if gpu is not None else {})
     (folder / "provenance.json").write_text(json.dumps(made_by, indent=1) + "\n")
     if isinstance(cfg.program, ProgramPretrainLab):
         return _pretrain(cfg, folder)
-    from . import loop, tracking
-
     tracker = make_tracker(cfg, folder)
     summary: dict[str, Any] = {}
     made: list[Path] = []
@@ -451,21 +447,32 @@ def _report(folder: Path) -> list[Path]:
         return []
 
 
-def _set_threads(threads: int) -> None:
-    """For torch, before it is imported."""
+@contextmanager
+def _imports(threads: int, models: bool = True) -> Iterator[None]:
+    """For imports of what computes, torch the first of them: with so many threads, and silent where it loads models.
+
+    They make half a million objects that stay. Python's collector is never to look at these: neither in between nor at
+    the end of the process, which would take a second or two.
+    """
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
-
-
-def _quiet(threads: int) -> None:
-    """Imports torch with so many threads, and silences what loads models."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    import torch
-    from transformers.utils import logging as hf_logging
+    gc.disable()
+    try:
+        import torch
 
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
+        if models:
+            from transformers.utils import logging as hf_logging
+
+            hf_logging.disable_progress_bar()
+            hf_logging.set_verbosity_error()
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+    atexit.unregister(gc.freeze)  # a worker of a sweep has many jobs
+    atexit.register(gc.freeze)  # what came since
 
 
 def make_tracker(cfg: Root, folder: Path) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from array import array
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from .tasks.prompts import messages_of
 from .weights import PolicyError, Weights, check_same_tensors
 
 DATE = "26 Jul 2024"  # Llama 3's own default
+KEPT_PROMPTS = 1 << 13  # that were read, 4 bytes a token
 SHARED_FROM = 8  # tokens that all rows of a batch begin with, to compute them once
 
 
@@ -53,12 +56,24 @@ class Policy:
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a prompt, with the special tokens that the tokenizer puts before a text; of messages
         (`tasks.prompts`), as the chat template writes them, special tokens in it and none added. Raises PolicyError
-        where there is no template."""
+        where there is no template. The same prompts are read for each model of a run, and kept."""
+        if text in self._read:
+            return self._read[text].tolist()
         if (messages := messages_of(text)) is not None:
-            return self.tokenizer(self._chat(messages), add_special_tokens=False)["input_ids"]
-        ids: list[int] = self.tokenizer(text)["input_ids"]
-        # A tokenizer that closes a text with eos (T5's habit) would end the completion before it starts.
-        return ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+            ids: list[int] = self.tokenizer(self._chat(messages), add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(text)["input_ids"]
+            # A tokenizer that closes a text with eos (T5's habit) would end the completion before it starts.
+            ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
+        if len(self._read) >= KEPT_PROMPTS:
+            self._read.clear()
+        self._read[text] = array("i", ids)
+        return ids
+
+    @cached_property
+    def _read(self) -> dict[str, array[int]]:
+        """Token ids of prompts that were read."""
+        return {}
 
     def _chat(self, messages: list[dict[str, str]]) -> str:
         if self.tokenizer.chat_template is None:

@@ -1079,15 +1079,14 @@ class Bench:
 
         def compute(folder: Path) -> Mapping[str, Any]:
             now, towards = self._stream(model), anchor.weights()
-            after = before = change.layer_change(self.base_weights, now)
+            after, drift = change.change_and_distance(self.base_weights, now)
+            before = after
             if tuned.digest != model.digest:
                 before = change.layer_change(self.base_weights, self._stream(tuned))
             left = change.merge_shares(towards, self._stream(tuned), now, ratios)
             write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": rows, "merge": left})
-            return {
-                "drift": change.relative_distance(self.base_weights, now),
-                "anchor_distance": change.relative_distance(towards, now),
-            }
+            far = drift if towards is self.base_weights else change.relative_distance(towards, now)
+            return {"drift": drift, "anchor_distance": far}
 
         inputs = {
             "base": self.base.digest, "tuned": tuned.digest, "merged": model.digest, "anchor": anchor.digest,

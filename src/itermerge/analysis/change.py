@@ -7,14 +7,17 @@ Weights are read tensor by tensor, large ones in pieces, so that both models may
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ..weights import Weights, check_same_tensors, place_of, shape_of
 
-PIECE = 1 << 22  # weights at a time
+PIECE = 1 << 17  # weights at a time: what a core's cache holds in float64
+T = TypeVar("T")
 RANKS_UP_TO = 2048  # rows or columns of matrices whose effective rank a CPU has in seconds
 
 
@@ -23,7 +26,12 @@ class AnalysisError(RuntimeError):
 
 
 def layer_change(base: Weights, now: Weights) -> dict[str, dict]:
-    """{row: {relative, mean_abs, energy, kinds: {kind: {relative, mean_abs}}}}.
+    """The table of `change_and_distance`."""
+    return change_and_distance(base, now)[0]
+
+
+def change_and_distance(base: Weights, now: Weights) -> tuple[dict[str, dict], float]:
+    """{row: {relative, mean_abs, energy, kinds: {kind: {relative, mean_abs}}}}, and `relative_distance`.
 
     relative = ||now - base||_F / ||base||_F over the row's weights; mean_abs = mean |now - base|; energy = the row's
     share of the squared change of the whole model. Raises PolicyError where tensors differ in name or shape, and
@@ -36,11 +44,11 @@ def layer_change(base: Weights, now: Weights) -> dict[str, dict]:
         at = sums.setdefault(row, {}).setdefault(kind, [0.0, 0.0, 0.0, 0])
         for a, b in _pieces(name, base, now):
             d = b - a
-            part = [float(d.square().sum()), float(a.square().sum()), float(d.abs().sum()), a.numel()]
+            part = [float(d @ d), float(a @ a), float(d.abs().sum()), a.numel()]
             if not math.isfinite(part[0] + part[1]):
                 raise AnalysisError(f"{name}: has weights that are not finite, so that no change can be given")
             at[:] = [x + y for x, y in zip(at, part, strict=True)]
-    total = sum(s[0] for kinds in sums.values() for s in kinds.values())
+    total, size = (sum(s[i] for kinds in sums.values() for s in kinds.values()) for i in (0, 1))
 
     def figures(s: Sequence[float]) -> dict[str, float]:
         return {"relative": math.sqrt(s[0] / s[1]) if s[1] else 0.0, "mean_abs": s[2] / s[3] if s[3] else 0.0}
@@ -50,7 +58,7 @@ def layer_change(base: Weights, now: Weights) -> dict[str, dict]:
         whole = [sum(column) for column in zip(*sums[row].values(), strict=True)]
         kinds = {kind: figures(s) for kind, s in sorted(sums[row].items())}
         out[row] = {**figures(whole), "energy": whole[0] / total if total else 0.0, "kinds": kinds}
-    return out
+    return out, math.sqrt(total / size) if size else 0.0
 
 
 def update_of(start: Weights, tuned: Weights) -> dict[str, Tensor]:
@@ -77,22 +85,17 @@ def update_figures(
     not read. Ranks are computed on `device`.
     """
     rows: dict[str, list[float]] = {}  # u.v, u.u, v.v, equal signs, both nonzero, rank, full rank
+    wanted = [name for name in sorted(start) if ranks and _has_rank(start, name)]
+    found = dict(zip(wanted, _each(lambda name: _ranks(start, tuned, name, device), wanted, device), strict=True))
     for name in sorted(start):
         row, _ = place_of(name)
         at = rows.setdefault(row, [0.0] * 7)
-        for pair in _pieces(name, update, earlier) if update is not None and earlier is not None else ():
-            u, v = (x.flatten() for x in pair)
+        for rank, full in found.get(name, ()):
+            at[5], at[6] = at[5] + rank, at[6] + full
+        for u, v in _pieces(name, update, earlier) if update is not None and earlier is not None else ():
             signs = torch.sign(u) * torch.sign(v)
             part = [float(u @ v), float(u @ u), float(v @ v), int((signs > 0).sum()), int(signs.count_nonzero())]
             at[:5] = [x + y for x, y in zip(at, part, strict=False)]
-        if ranks and row.startswith("layer_") and len(shape_of(start, name)) > 1:
-            exact = tuned[name].to(device, torch.float64) - start[name].to(device, torch.float64)
-            if not torch.isfinite(exact).all():
-                raise AnalysisError(f"{name}: has weights that are not finite, so that no rank can be given")
-            for matrix in exact.reshape(-1, *exact.shape[-2:]):
-                rank = effective_rank(matrix)
-                if rank is not None:
-                    at[5], at[6] = at[5] + rank, at[6] + min(matrix.shape)
     return {
         row: {
             "cosine": uv / math.sqrt(uu * vv) if uu and vv else None,
@@ -101,6 +104,29 @@ def update_figures(
         }
         for row, (uv, uu, vv, equal, both, rank, full) in sorted(rows.items())
     }
+
+
+def _has_rank(weights: Weights, name: str) -> bool:
+    return place_of(name)[0].startswith("layer_") and len(shape_of(weights, name)) > 1
+
+
+def _ranks(start: Weights, tuned: Weights, name: str, device: str) -> list[tuple[float, int]]:
+    """(effective rank, full rank) of each matrix of a tensor's update that is not zero."""
+    exact = tuned[name].to(device, torch.float64) - start[name].to(device, torch.float64)
+    if not torch.isfinite(exact).all():
+        raise AnalysisError(f"{name}: has weights that are not finite, so that no rank can be given")
+    matrices = exact.reshape(-1, *exact.shape[-2:])
+    return [(rank, min(m.shape)) for m in matrices if (rank := effective_rank(m)) is not None]
+
+
+def _each(of: Callable[[str], T], names: Sequence[str], device: str) -> list[T]:
+    """of(name) of all names: on a CPU as many at a time as torch has threads, each with one of them, which is faster
+    than all threads at one matrix after another."""
+    threads = torch.get_num_threads() if device == "cpu" else 1
+    if threads == 1:
+        return [of(name) for name in names]
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(of, names))
 
 
 def merge_shares(
@@ -114,7 +140,7 @@ def merge_shares(
         at = rows.setdefault(place_of(name)[0], [0.0] * 4)
         for a, t, m in _pieces(name, anchor, tuned, merged):
             d = t - a
-            part = [ratios[name] * a.numel(), a.numel(), float((d * (m - a)).sum()), float(d.square().sum())]
+            part = [ratios[name] * a.numel(), a.numel(), float(d @ (m - a)), float(d @ d)]
             at[:] = [x + y for x, y in zip(at, part, strict=True)]
     return {
         row: {"ratio": asked / n if n else None, "share": along / full if full else None}
@@ -143,20 +169,21 @@ def relative_distance(a: Weights, b: Weights) -> float:
     far = near = 0.0
     for name in sorted(a):
         for x, y in _pieces(name, a, b):
-            far, near = far + float((y - x).square().sum()), near + float(x.square().sum())
+            d = y - x
+            far, near = far + float(d @ d), near + float(x @ x)
     return math.sqrt(far / near)
 
 
 def _pieces(name: str, *models: Weights) -> Iterator[tuple[Tensor, ...]]:
-    """The same pieces of one tensor of several models, in float64 on the CPU: some of its rows at a time."""
+    """The same pieces of one tensor of several models, flat, in float64 on the CPU: some of its rows at a time."""
     return zip(*(_rows(model, name) for model in models), strict=True)
 
 
 def _rows(model: Weights, name: str) -> Iterator[Tensor]:
     tensor = model[name]
     if not tensor.dim():
-        yield tensor.to("cpu", torch.float64)
+        yield tensor.to("cpu", torch.float64).flatten()
         return
     step = max(1, PIECE // max(1, math.prod(tensor.shape[1:])))
     for at in range(0, tensor.shape[0], step):
-        yield tensor[at : at + step].to("cpu", torch.float64)
+        yield tensor[at : at + step].to("cpu", torch.float64).flatten()

@@ -109,9 +109,10 @@ class GymTask:
         if not (answer := completion.strip()):
             return Verdict("unparseable", None)
         seed, entry = self._entry(problem)
+        source = _source(self.dataset, self._config, seed)
         try:
             with _apart(seed):
-                score = float(_source(self.dataset, self._config, seed).score_answer(answer, entry))
+                score = float(source.score_answer(answer, entry))
         except Exception:  # some verifiers raise on text that they cannot read, each in its own way
             return Verdict("unparseable", None)
         return Verdict("correct" if score >= CORRECT_FROM else "wrong", answer)
@@ -135,12 +136,18 @@ class GymTask:
 
     def _draw(self, part: Part, n: int, *seed: object) -> list[tuple[str, dict[str, Any]]]:
         """`n` (problem id, item), questions all different, of one part."""
+        with _apart(0):
+            return self._draw_apart(part, n, *seed)
+
+    def _draw_apart(self, part: Part, n: int, *seed: object) -> list[tuple[str, dict[str, Any]]]:
         found: dict[str, tuple[str, dict[str, Any]]] = {}
-        drawn = idle = 0  # idle: draws in a row without a new question
+        drawn = idle = at = 0  # idle: draws in a row without a new question
+        config = self._config
         for place in itertools.count() if n > 0 else ():
             chunk, index = divmod(place, _CHUNK)
-            at = derive_seed("gym", self.dataset, self._config, part, *seed, chunk) % 2**31
-            entry = _item(self.dataset, self._config, at, index)
+            if not index:
+                at = derive_seed("gym", self.dataset, config, part, *seed, chunk) % 2**31
+            entry = _item(self.dataset, config, at, index)
             text, drawn, idle = _question(entry), drawn + 1, idle + 1
             if part_of(text) == part and text not in found:
                 self._check_answer(text, entry["answer"])
@@ -151,7 +158,7 @@ class GymTask:
                 what, key = ("few-shot", "shots") if part == "shots" else (part, "the number of problems")
                 raise TaskError(
                     f"task {self.name!r} has only {len(found)} different {what} problems (seen in {drawn} draws), "
-                    f"{n} were asked for; lower {key}, or widen the dataset's options ({self._config})"
+                    f"{n} were asked for; lower {key}, or widen the dataset's options ({config})"
                 )
         return list(found.values())
 
@@ -256,8 +263,9 @@ def _source(dataset: str, config: str, seed: int) -> Any:
 def _item(dataset: str, config: str, seed: int, index: int) -> dict[str, Any]:
     """Item `index` of `seed`. Raises TaskError, naming it, when reasoning-gym cannot make it."""
     try:
+        source = _source(dataset, config, seed)
         with _apart(derive_seed(seed, index) % 2**31):
-            return _source(dataset, config, seed)[index]
+            return source[index]
     except Exception as error:
         raise TaskError(
             f"reasoning-gym could not make item {index} of seed {seed} of {dataset!r} with options {config}: "
@@ -269,9 +277,16 @@ def _item(dataset: str, config: str, seed: int, index: int) -> dict[str, Any]:
 def _apart(seed: int) -> Iterator[None]:
     """Third-party code kept apart: quiet, and with the global generators seeded for it and put back afterwards.
 
-    Some datasets draw from `random` itself, one reseeds numpy's global generator, one prints dots.
+    Some datasets draw from `random` itself, one reseeds numpy's global generator, one prints dots. Inside of another
+    one it only seeds: keeping numpy's state takes longer than making an item.
     """
-    states = random.getstate(), np.random.get_state()
+    global _kept
+    if _kept:
+        random.seed(seed)
+        np.random.seed(seed)
+        yield
+        return
+    states, _kept = (random.getstate(), np.random.get_state()), True
     random.seed(seed)
     np.random.seed(seed)
     try:
@@ -279,5 +294,9 @@ def _apart(seed: int) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        _kept = False
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+_kept = False  # whether an `_apart` is open
