@@ -132,6 +132,49 @@ def test_rows_that_end_leave_the_batch(lab: Policy, monkeypatch: pytest.MonkeyPa
     assert sum(sizes) < 1.3 * sum(alive)
 
 
+def test_the_last_rows_of_a_batch_wait_for_others(lab: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, steps, left = decoding._Batches.run, [0], list[int]()
+    forward = decoding._Batches._forward
+
+    def watched(self: Any, *given: Any, **how: Any) -> Any:
+        left.append(len(waiting := run(self, *given, **how)))
+        return waiting
+
+    def counted(self: Any, *given: Any) -> Any:
+        steps[0] += 1
+        return forward(self, *given)
+
+    monkeypatch.setattr(decoding._Batches, "run", watched)
+    monkeypatch.setattr(decoding._Batches, "_forward", counted)
+    prompts = [p for p in PROMPTS for _ in range(24)]
+    keys = [derive_seed("wait", i) for i in range(len(prompts))]
+    how: dict[str, Any] = {"temperature": 2.0, "max_new_tokens": 100}
+    ticks: list[int] = []
+    pooled = complete(lab, prompts, keys=keys, batch_size=32, on_progress=ticks.append, **how)
+    taken, waited = steps[0], sum(left)
+    assert waited > 4
+    assert (sum(ticks), left[-1]) == (len(prompts), 0)
+    monkeypatch.setattr(decoding, "WAIT_AT", 0)
+    steps[0], left[:] = 0, []
+    assert pooled == complete(lab, prompts, keys=keys, batch_size=32, **how)
+    assert not any(left)
+    assert taken < 0.9 * steps[0]
+    assert [c.entropy for c in pooled] == pytest.approx(
+        [c.entropy for c in complete(lab, prompts, keys=keys, batch_size=200, **how)], rel=1e-4
+    )
+
+
+def test_a_prompt_is_read_once_and_nobody_can_change_it(tiny: Policy) -> None:
+    first = tiny.encode_prompt("add 1+2?")
+    tokenizer, tiny.tokenizer = tiny.tokenizer, None
+    again = tiny.encode_prompt("add 1+2?")
+    assert again == first
+    again.append(0)
+    assert tiny.encode_prompt("add 1+2?") == first
+    tiny.tokenizer = tokenizer
+    assert tiny.encode_prompt("add 1+3?") != first
+
+
 def test_entropy_is_that_of_the_distributions_drawn_from(lab: Policy) -> None:
     prompts, keys = PROMPTS[:3], [1, 2, 3]
     for prompt, c in zip(prompts, complete(lab, prompts, keys=keys, batch_size=3, temperature=1.7, **HOW), strict=True):

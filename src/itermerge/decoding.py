@@ -3,8 +3,9 @@
 The random number behind a token is a hash of (key, position), a key for each sample: a completion does not depend on
 what else is in its batch, nor on the device. The loop is our own and not transformers' `generate`, whose fixed batches
 waste most of their work here: what all prompts of a call begin with is computed once, rows of equal length go
-together, the cache has room for the whole completion from the start, and rows that have ended leave the batch. On a
-CPU it attends in a way of its own too (`attention`), where that is found to give the model's own logits.
+together, the cache has room for the whole completion from the start, rows that have ended leave the batch, and the last
+few of a batch wait until those of others make a batch with them. On a CPU it attends in a way of its own too
+(`attention`), where that is found to give the model's own logits.
 `benchmarks/sampling.py` times both; greedy output is `generate`'s, token for token (tests).
 """
 
@@ -31,6 +32,7 @@ Decode = Callable[..., list["Completion"]]  # `complete` of some model: (prompts
 _SPLIT: dict[tuple[object, ...], bool] = {}  # kinds of models, and whether `attention` gives their logits
 TRIED = 32  # tokens of a text on which `attention` is tried
 LEAVE_AT = 0.9  # the batch is packed anew when so few of its rows are still alive
+WAIT_AT = 1 / 8  # of the rows of a full batch: so few wait for others, while there are some to come
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,20 @@ class Completion:
     entropy: float = field(default=0.0, compare=False)
 
 
-def uniforms(keys: np.ndarray, position: int) -> np.ndarray:
-    """Numbers in [0, 1), one for each 64-bit key, by SplitMix64 of (key, position). Shape as `keys`, float64."""
+def uniforms(keys: np.ndarray, position: int | np.ndarray) -> np.ndarray:
+    """Numbers in [0, 1), one for each 64-bit key, by SplitMix64 of (key, position), one position for all or one for
+    each. Shape as `keys`, float64."""
     with np.errstate(over="ignore"):
-        z = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.uint64(position + 1)
+        z = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15) * np.asarray(position + 1, dtype=np.uint64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z ^= z >> np.uint64(31)
     return (z >> np.uint64(11)) * 2.0**-53
 
 
-def draw(scores: Tensor, keys: np.ndarray, position: int, temperature: float, top_p: float) -> Tensor:
+def draw(
+    scores: Tensor, keys: np.ndarray, position: int | np.ndarray, temperature: float, top_p: float
+) -> Tensor:  # fmt: skip
     """The token (rows,) that each row's keyed number selects from its scores (rows, vocabulary).
 
     Temperature, then nucleus (the smallest set of tokens whose probability reaches `top_p`), then inverse CDF in the
@@ -99,17 +104,35 @@ def complete(
             f"the longest prompt and its completion need {need} positions, the model has {policy.context}; "
             "lower sampler.max_new_tokens or use shorter prompts"
         )
-    out: list[Completion] = [Completion("", True, 0)] * len(prompts)
     policy.model.eval()
+    stopper = _Stopper(policy, stop)
     with torch.inference_mode():
-        batches = _Batches(policy, _Stopper(policy, stop), max_new_tokens, temperature, top_p)
+        batches = _Batches(policy, stopper, max_new_tokens, temperature, top_p)
         with batches.begun(ids) as shared:
-            for rows in _together([len(i) for i in ids], batch_size):
-                picked = None if keys is None else np.array([keys[r] for r in rows], dtype=np.uint64)
-                for r, completion in zip(rows, batches.run([ids[r][shared:] for r in rows], picked), strict=True):
-                    out[r] = completion
-                on_progress(len(rows))
-    return out
+            rows = [_Row(i[shared:], 0 if keys is None else keys[at]) for at, i in enumerate(ids)]
+            coming = [[rows[at] for at in batch] for batch in _together([len(i) for i in ids], batch_size)][::-1]
+            waiting: list[_Row] = []
+            few = int(batch_size * WAIT_AT)
+            while coming or waiting:
+                if coming and len(waiting) < batch_size:
+                    batch = coming.pop()
+                else:
+                    waiting.sort(key=lambda row: len(row.ids) + len(row.made))
+                    batch, waiting = waiting[:batch_size], waiting[batch_size:]
+                left = batches.run(batch, few if coming or waiting else 0, drawn=keys is not None)
+                waiting += left
+                on_progress(len(batch) - len(left))
+    return [stopper.read(row.made, row.entropy) for row in rows]
+
+
+@dataclass
+class _Row:
+    """A completion that is being made: its prompt, without what all begin with; its key; tokens; their entropy."""
+
+    ids: list[int]
+    key: int
+    made: list[int] = field(default_factory=list)
+    entropy: float = 0.0
 
 
 def _together(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
@@ -318,51 +341,50 @@ class _Batches:
         how = {"past_key_values": cache, "use_cache": True, **where, **self.extra}
         return self.model(input_ids=tokens, attention_mask=mask, **how).logits[:, -1]
 
-    def run(self, ids: Sequence[Sequence[int]], keys: np.ndarray | None) -> list[Completion]:
-        """Completions of one batch; `ids` without what `begun` has computed."""
-        rows, device = len(ids), self.policy.device
-        tokens, positions, mask = self._padded(ids, self.max_new)
+    def run(self, rows: Sequence[_Row], few: int, drawn: bool) -> list[_Row]:
+        """Goes on with these rows as one batch, by sampling or greedily, to their ends; or until no more than `few` are
+        left, which are returned."""
+        if len(rows) <= few:
+            return list(rows)
+        device, alive = self.policy.device, list(rows)  # those that the tensors hold
+        ids = [(*row.ids, *row.made) for row in rows]
+        tokens, positions, mask = self._padded(ids, most := self.max_new - min(len(row.made) for row in rows))
         width = tokens.shape[1]
         places: dict[tuple[int, ...], int] = {}
-        twins = [places.setdefault(tuple(row), len(places)) for row in ids]  # samples of one problem share its prompt
+        twins = [places.setdefault(row, len(places)) for row in ids]  # samples of one problem share its prompt
         firsts = [twins.index(i) for i in range(len(places))]
-        cache = self._cache(len(firsts), width + self.max_new)
-        made: list[list[int]] = [[] for _ in ids]
-        entropy, spread = [0.0] * rows, [0.0] * rows
-        alive = list(range(rows))  # the batch's rows that the tensors hold
-        ended: set[int] = set()
-        begin, end = self.shared, self.shared + width
-        for step in range(self.max_new):
-            now = firsts if step == 0 else slice(None)
+        cache = self._cache(len(firsts), width + most)
+        keys, spread = np.array([row.key for row in rows], dtype=np.uint64), [0.0] * len(rows)
+        ended = [False] * len(rows)
+        begin, end, now = self.shared, self.shared + width, firsts
+        while True:
             scores = self._forward(
                 tokens[now], positions[now], None if mask is None else mask[now], begin, end, cache
             )  # fmt: skip
-            if step == 0 and len(firsts) < rows:
+            if begin == self.shared and len(firsts) < len(rows):
                 scores = scores[twins]
                 cache.batch_select_indices(torch.tensor(twins, device=device))
-            if keys is None:
-                chosen = scores.argmax(-1)
-            else:
-                chosen = draw(scores, keys, step, self.temperature, self.top_p)
+            if drawn:
+                at = np.array([len(row.made) for row in alive])
+                chosen = draw(scores, keys, at, self.temperature, self.top_p)
                 spread = torch.distributions.Categorical(logits=scores.float(), validate_args=False).entropy().tolist()
-            for at, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
-                if row not in ended:
-                    made[row].append(token)
-                    entropy[row] += spread[at]
-                    if self.stopper.ended(made[row]):
-                        ended.add(row)
-            tokens, begin, end = chosen[:, None], end, end + 1
-            stay = [at for at, row in enumerate(alive) if row not in ended]
-            if not stay:
-                break
+            else:
+                chosen = scores.argmax(-1)
+            for i, (row, token) in enumerate(zip(alive, chosen.tolist(), strict=True)):
+                if not ended[i]:
+                    row.made.append(token)
+                    row.entropy += spread[i]
+                    ended[i] = len(row.made) == self.max_new or self.stopper.ended(row.made)
+            tokens, begin, end, now = chosen[:, None], end, end + 1, slice(None)
+            stay = [i for i, over in enumerate(ended) if not over]
+            if len(stay) <= few:
+                return [alive[i] for i in stay]
             if len(stay) <= LEAVE_AT * len(alive):
                 order = self._pack(cache, stay)
                 pick = torch.tensor(order, device=device)
                 tokens, positions = tokens[pick], positions[pick]
                 mask = None if mask is None else mask[pick]
-                keys = None if keys is None else keys[order]
-                alive = [alive[at] for at in order]
-        return [self.stopper.read(row, e) for row, e in zip(made, entropy, strict=True)]
+                alive, keys, ended = [alive[i] for i in order], keys[order], [False] * len(order)
 
     def _pack(self, cache: DynamicCache, stay: Sequence[int]) -> list[int]:
         """Leaves the rows `stay` (ascending) in the cache; their new order: rows from the end fill the holes, so that
