@@ -216,3 +216,23 @@ def test_majority_baseline() -> None:
 def test_import_does_not_load_reasoning_gym() -> None:
     code = "import sys, itermerge.tasks.gym; print('reasoning_gym' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ).strip() == "False"
+
+
+def test_the_global_generators_stay_as_they_are() -> None:
+    task = GymTask("chain_sum", shots=2)
+    random.seed(5)
+    np.random.seed(5)
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    problems = task.problems("test", 30, 7)
+    attempts = [(p, p.gold if i % 2 else " 1", True) for i, p in enumerate(problems)]
+    together = task.verify_many(attempts)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+    module._item.cache_clear()
+    module._source.cache_clear()
+    random.seed(6)
+    np.random.seed(6)
+    assert [task.verify(*attempt) for attempt in attempts] == together
+    assert task.problems("test", 30, 7) == problems
+    with pytest.raises(TaskError):
+        GymTask("chain_sum", options=ONE_DIGIT).problems("test", 10**6, 7)
+    assert not module._kept

@@ -182,11 +182,13 @@ def test_threads_are_set_before_torch_starts() -> None:
 import os, sys
 from types import SimpleNamespace
 from pathlib import Path
-from itermerge import cli, sweep
-def stop(*_):  # where a GPU is taken, just before torch
-    print(os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"], "torch" in sys.modules)
-    sys.exit()
-sweep.take_gpu = stop
+from itermerge import cli
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"], "torch" in sys.modules)
+            sys.exit()
+sys.meta_path.insert(0, Watch())
 alone = SimpleNamespace(strategy="single", devices=1)
 cli.start(SimpleNamespace(threads=3, trainer=alone, sweep=SimpleNamespace(gpus=None)), Path("."), [])
 """

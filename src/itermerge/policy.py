@@ -57,8 +57,8 @@ class Policy:
         """Token ids of a prompt, with the special tokens that the tokenizer puts before a text; of messages
         (`tasks.prompts`), as the chat template writes them, special tokens in it and none added. Raises PolicyError
         where there is no template. The same prompts are read for each model of a run, and kept."""
-        if text in self._read:
-            return self._read[text].tolist()
+        if (key := (self.tokenizer.chat_template, text)) in self._read:
+            return self._read[key].tolist()
         if (messages := messages_of(text)) is not None:
             ids: list[int] = self.tokenizer(self._chat(messages), add_special_tokens=False)["input_ids"]
         else:
@@ -67,12 +67,12 @@ class Policy:
             ids = ids[:-1] if ids and ids[-1] in self.eos_ids else ids
         if len(self._read) >= KEPT_PROMPTS:
             self._read.clear()
-        self._read[text] = array("i", ids)
+        self._read[key] = array("i", ids)
         return ids
 
     @cached_property
-    def _read(self) -> dict[str, array[int]]:
-        """Token ids of prompts that were read."""
+    def _read(self) -> dict[tuple[Any, str], array[int]]:
+        """Token ids of prompts that were read, by chat template and text."""
         return {}
 
     def _chat(self, messages: list[dict[str, str]]) -> str:

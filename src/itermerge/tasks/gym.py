@@ -117,6 +117,11 @@ class GymTask:
             return Verdict("unparseable", None)
         return Verdict("correct" if score >= CORRECT_FROM else "wrong", answer)
 
+    def verify_many(self, attempts: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
+        """As `verify` of each."""
+        with _apart(0):
+            return [self.verify(*attempt) for attempt in attempts]
+
     @property
     def _config(self) -> str:
         return json.dumps(self.options, sort_keys=True)
