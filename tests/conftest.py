@@ -48,6 +48,14 @@ SMALL = (
 )  # fmt: skip
 
 
+# Minutes each. A file is one worker's, so that these come first: else one of them is left for the end, alone.
+LONG = ("test_loop", "test_vllm", "test_sweep", "test_devices", "test_plan")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays: the collector need not look at it in each test
 

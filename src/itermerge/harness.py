@@ -70,7 +70,10 @@ class HarnessExam:
     def _load(self, include_path: str | None) -> Mapping[str, Any]:
         if include_path is not None and not Path(include_path).expanduser().is_dir():
             raise TaskError(f"suite, lm_eval task {self.name!r}: include_path: there is no folder {include_path}")
-        manager = _manager(None if include_path is None else str(Path(include_path).expanduser().resolve()))
+        own = None if include_path is None else str(Path(include_path).expanduser().resolve())
+        manager = _manager(own, whole=own is None)
+        if own is not None and self.name not in manager.all_subtasks:
+            manager = _manager(own, whole=True)
         if self.name not in manager.task_index:
             from difflib import get_close_matches
 
@@ -272,8 +275,9 @@ def _apart() -> Iterator[None]:
 
 
 @cache
-def _manager(include_path: str | None) -> Any:
-    """lm_eval's index of tasks, some ten thousand files: read once a process."""
+def _manager(include_path: str | None, *, whole: bool) -> Any:
+    """lm_eval's index of tasks, some ten thousand files, which take ten seconds: read once a process; or of the user's
+    own folder alone."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=include_path, include_defaults=whole)
