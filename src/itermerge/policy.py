@@ -57,9 +57,11 @@ class Policy:
         """Token ids of a prompt, with the special tokens that the tokenizer puts before a text; of messages
         (`tasks.prompts`), as the chat template writes them, special tokens in it and none added. Raises PolicyError
         where there is no template. The same prompts are read for each model of a run, and kept."""
-        if (key := (self.tokenizer.chat_template, text)) in self._read:
+        messages = messages_of(text)
+        key = text if messages is None else (text, self.tokenizer.chat_template)
+        if key in self._read:
             return self._read[key].tolist()
-        if (messages := messages_of(text)) is not None:
+        if messages is not None:
             ids: list[int] = self.tokenizer(self._chat(messages), add_special_tokens=False)["input_ids"]
         else:
             ids = self.tokenizer(text)["input_ids"]
@@ -71,8 +73,8 @@ class Policy:
         return ids
 
     @cached_property
-    def _read(self) -> dict[tuple[Any, str], array[int]]:
-        """Token ids of prompts that were read, by chat template and text."""
+    def _read(self) -> dict[str | tuple[str, Any], array[int]]:
+        """Token ids of prompts that were read, by text, of messages with the chat template."""
         return {}
 
     def _chat(self, messages: list[dict[str, str]]) -> str:
