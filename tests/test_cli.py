@@ -299,6 +299,26 @@ def test_help_and_what_is_wrong_with_a_config_load_no_torch(words: str, ends: in
     assert done.stdout.splitlines()[-1] == f"{ends} []", done.stderr
 
 
+def test_the_collector_is_spared_what_is_imported_and_no_more(tmp_path: Path) -> None:
+    code = """
+import gc, weakref
+from itermerge import cli
+with cli._imports(1):
+    import itermerge.loop
+first = gc.get_freeze_count()
+class Left: pass
+model = Left()
+model.trainer, there = model, weakref.ref(model)  # as a job leaves it
+del model
+with cli._imports(1):
+    pass
+gc.collect()
+print(first > 100_000, gc.get_freeze_count() <= first, there() is None, gc.isenabled())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True"] * 4, done.stderr
+
+
 def test_cfg_job_prints_the_config_and_runs_nothing(tmp_path: Path) -> None:
     done = itermerge("--cfg", "job", "merge.ratio=0.3", cwd=tmp_path)
     assert done.returncode == 0

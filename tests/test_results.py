@@ -104,6 +104,9 @@ def test_tables_of_layers_are_those_of_the_units_and_stand_in_the_readme(
     [
         ("startup", "`benchmarks/startup.py`"),
         ("quickstart", "startup.py --quickstart"),
+        ("sampling-lab", "--model lab"),
+        ("sampling-smollm2", "--model smollm2"),
+        ("sft", "benchmarks/sft.py"),
         ("round", "benchmarks/round.py"),
     ],
 )

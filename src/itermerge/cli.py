@@ -452,12 +452,15 @@ def _imports(threads: int, models: bool = True) -> Iterator[None]:
     """For imports of what computes, torch the first of them: with so many threads, and silent where it loads models.
 
     They make half a million objects that stay. Python's collector is never to look at these: neither in between nor at
-    the end of the process, which would take a second or two.
+    the end of the process, which would take a second or two. A sweep's worker imports once; what its former jobs have
+    left is for the collector.
     """
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    gc.disable()
+    first = "torch" not in sys.modules
+    if first:
+        gc.disable()
     try:
         import torch
 
@@ -469,10 +472,10 @@ def _imports(threads: int, models: bool = True) -> Iterator[None]:
             hf_logging.set_verbosity_error()
         yield
     finally:
-        gc.freeze()
-        gc.enable()
-    atexit.unregister(gc.freeze)  # a worker of a sweep has many jobs
-    atexit.register(gc.freeze)  # what came since
+        if first:
+            gc.freeze()
+            gc.enable()
+            atexit.register(gc.freeze)  # what came since
 
 
 def make_tracker(cfg: Root, folder: Path) -> Any:
