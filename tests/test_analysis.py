@@ -33,7 +33,7 @@ from itermerge.analysis.mismatch import (
     top_count,
     top_share,
 )
-from itermerge.weights import Checkpoint, PolicyError, comparable
+from itermerge.weights import Checkpoint, PolicyError, comparable, digest_weights
 
 BASE = {
     "model.embed_tokens.weight": torch.tensor([[3.0, 4.0]]),  # norm 5
@@ -372,3 +372,20 @@ def test_interval_of_means_is_about_the_mean() -> None:
     assert mean == pytest.approx(values.mean(0))
     assert low == pytest.approx(mean - half, abs=0.03)
     assert high == pytest.approx(mean + half, abs=0.03)
+
+
+def test_several_threads_give_what_one_gives() -> None:
+    draw = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(5)]
+    start = {name: torch.randn(40, 24, generator=draw) for name in names}
+    tuned = {name: w + 0.01 * torch.randn(w.shape, generator=draw) for name, w in start.items()}
+    one = update_figures(start, tuned, None), digest_weights(tuned)
+    torch.set_num_threads(2)
+    try:
+        assert (update_figures(start, tuned, None), digest_weights(tuned)) == one
+        assert torch.get_num_threads() == 2
+        with pytest.raises(AnalysisError, match=rf"{names[3]}: has weights that are not finite"):
+            update_figures(start, tuned | {names[3]: tuned[names[3]] / 0}, None)
+    finally:
+        torch.set_num_threads(1)
+    assert digest_weights(dict(reversed(tuned.items()))) == one[1] != digest_weights(start)

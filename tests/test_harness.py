@@ -106,6 +106,20 @@ def test_items_are_drawn_by_the_seed_and_are_the_same_every_time(folder: Path) -
     assert out.stdout.strip() == exam.digest
 
 
+def test_a_task_of_ones_own_folder_is_found_without_the_index_of_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner, whole = harness._manager, list[bool]()
+
+    def watched(own: str | None, **how: bool) -> object:
+        whole.append(how["whole"])
+        return inner(own, **how)
+
+    monkeypatch.setattr(harness, "_manager", watched)
+    _exam(folder)
+    assert whole == [False]
+
+
 def test_the_digest_tells_metrics_prompts_and_filters_apart(folder: Path) -> None:
     few = HarnessExam("a", "local_choice", "acc", n=12, seed=0, num_fewshot=2, include_path=str(folder))
     assert few.requests[0].args[0].count("?") == 3

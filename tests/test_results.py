@@ -112,7 +112,23 @@ def test_tables_of_layers_are_those_of_the_units_and_stand_in_the_readme(
 )
 def test_the_readme_has_the_ratio_that_a_benchmark_wrote(benchmark: str, script: str) -> None:
     root = Path(__file__).parents[1]
-    summary = (root / "benchmarks" / "RESULTS.md").read_text().partition("\n## ")[0]
+    summary, *sections = re.split(r"(?m)^## ", (root / "benchmarks" / "RESULTS.md").read_text())
     (row,) = re.findall(rf"(?m)^\| {benchmark} \| ([\d.]+) \|", summary)
     (line,) = [x for x in (root / "README.md").read_text().splitlines() if x.startswith("| ") and script in x]
     assert f"{float(row):.2f}" in line
+    (section,) = [x for x in sections if x.startswith(f"{benchmark}\n")]
+    measured = [float(x) for x in re.findall(r"\d+(?:\.\d+)?", section.partition("`.\n\n")[2].partition("\nRatio")[0])]
+    _, _, ours, theirs, *_ = line.split("|")
+    for number in re.findall(r"\d[\d,]*(?:\.\d+)?", ours + theirs):
+        told, digits = float(number.rstrip(",").replace(",", "")), len(number.partition(".")[2])
+        assert any(round(x, digits) == told for x in measured), number
+
+
+def test_the_readme_has_the_share_that_a_benchmark_wrote() -> None:
+    root = Path(__file__).parents[1]
+    written = (root / "benchmarks" / "RESULTS.md").read_text()
+    (share,) = re.findall(r"(?m)^\| share \| ([\d.]+) \|", written)
+    seconds = [float(x) for x in re.findall(r"(?m)^\| [^|]+ \| ([\d.]+) \| [\d.]+% \|", written)]
+    assert f"({sum(seconds):.0f} s) {100 * float(share):.0f}% is neither" in (root / "README.md").read_text().replace(
+        "\n", " "
+    )

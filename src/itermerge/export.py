@@ -84,8 +84,8 @@ def check_base(run: Path, digest: str) -> None:
     elif summary["base_digest"] != digest:
         raise ExportError(
             f"round 0: the base is not the one that {run} started from: weights, config or tokenizer are others "
-            f"(digest {digest[:12]}, in summary.json {summary['base_digest'][:12]}); put the old ones back, or give "
-            "model.revision in a new run"
+            f"(digest {digest[:12]}, in summary.json {summary['base_digest'][:12]}), or a former version of itermerge, "
+            "whose digests were others, made the run; put the old ones back, or give model.revision in a new run"
         )
 
 

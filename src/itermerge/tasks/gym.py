@@ -278,6 +278,9 @@ def _item(dataset: str, config: str, seed: int, index: int) -> dict[str, Any]:
         ) from error
 
 
+_kept = False  # whether an `_apart` is open
+
+
 @contextlib.contextmanager
 def _apart(seed: int) -> Iterator[None]:
     """Third-party code kept apart: quiet, and with the global generators seeded for it and put back afterwards.
@@ -302,6 +305,3 @@ def _apart(seed: int) -> Iterator[None]:
         _kept = False
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-_kept = False  # whether an `_apart` is open
