@@ -346,14 +346,14 @@ def watch_compute(clock: Clock) -> None:
 def watch_rest(clock: Clock) -> None:
     """Gives names to what else a run does."""
     from itermerge import cli, decoding, loop, merging, policy, sft, stages, store, tasks, weights
-    from itermerge.analysis import change
+    from itermerge.analysis import change, diversity, importance
     from itermerge.tasks.gym import GymTask
 
     bench, record = stages.Bench, loop.RunRecord
     named: list[tuple[str, Any, str]] = [
         ("loading", policy.Policy, "__init__"), ("loading", policy.Policy, "set_weights"),
         ("loading", weights, "read_weights"), ("tokenizing", policy.Policy, "encode_prompt"),
-        ("copies in sampler.dtype", stages.in_dtype, "__enter__"), (DECODE, decoding, "complete"),
+        ("copies in sampler.dtype", policy, "copy_in"), (DECODE, decoding, "complete"),
         ("digests", weights, "digest_weights"), ("digests", store, "file_digest"),
         ("writing weights", weights, "write_folder"), ("placing files", store, "place"),
         ("problems", GymTask, "problems"), ("verify", tasks, "verify_all"),
@@ -363,9 +363,11 @@ def watch_rest(clock: Clock) -> None:
         ("layers: update", change, "update_of"), ("layers: update", change, "update_figures"),
         ("layers: change", change, "layer_change"), ("layers: change", change, "merge_shares"),
         ("layers: change", change, "relative_distance"), ("writing weights", stages, "save_file"),
-        ("importance: Python", bench, "importance"),
-        ("probe: Python", bench, "probe"), ("record of a round", record, "write"), ("report", cli, "_report"),
-        ("provenance", cli, "provenance"),
+        ("importance: not passes", bench, "importance"), ("importance: not passes", importance, "importance"),
+        ("probe: not passes", bench, "probe"), ("probe: not passes", diversity, "text_entropy"),
+        ("probe: not passes", diversity, "keep_predictions"), ("probe: not passes", diversity, "divergence"),
+        ("figures of samples", stages, "sample_ratios"), ("record of a round", record, "write"),
+        ("report", cli, "_report"), ("provenance", cli, "provenance"),
     ]  # fmt: skip
     ours = [m for name, m in sys.modules.items() if name.startswith("itermerge")]
     for name, owner, attribute in named:

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: a tiny random model, the shipped lab model, one run in this process, commands in others.
+"""Fixtures of the whole suite: a tiny random model, the lab's models, one run in this process, commands in others.
 
 Nothing here touches the user's own cache: ITERMERGE_HOME is a folder of the test session.
 """
@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,9 +41,14 @@ settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# Small enough for a second or two, on a task that the lab's base model solves often, whatever its training.
+# The lab's base with half of its layers, which runs of the tests start from: fixtures/lab-seed9/recipe.json has its
+# making, `itermerge experiment=pretrain_lab` with what differs from there as program.layers=4 and so on.
+LAB_SMALL = Path(__file__).parent / "fixtures" / "lab-seed9"
+
+# Small enough for a second or two, on a task that this base solves often, whatever its training.
+LABS = ("model.seed=9", "task.family=find")
 SMALL = (
-    "rounds=2", "task.family=find", "task.n_train=16", "task.n_validation=8", "suite.n=8", "suite.pass_k_n=4",
+    *LABS, "rounds=2", "task.n_train=16", "task.n_validation=8", "suite.n=8", "suite.pass_k_n=4",
     "suite.near=[{kind: lab, family: chain}]", "suite.far=[{kind: lab, family: sort}]", "sampler.n=4",
     "sampler.max_new_tokens=32",
 )  # fmt: skip
@@ -60,9 +66,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported stays: the collector need not look at it in each test
 
 
-@pytest.fixture(autouse=True)
-def _own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ITERMERGE_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+@pytest.fixture(scope="session", autouse=True)
+def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ITERMERGE_HOME", str(make_home(tmp_path_factory.getbasetemp() / "home")))
+        yield
+
+
+def make_home(folder: Path) -> Path:
+    """A home with the model of `SMALL` in it."""
+    shutil.copytree(LAB_SMALL, folder / "models" / LAB_SMALL.name, dirs_exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -101,13 +115,15 @@ def lab() -> Policy:
 
 
 def compose_config(*overrides: str) -> Any:
-    """What Hydra hands to a job for this command line."""
+    """What Hydra hands to a job for this command line; of `SMALL`, without the lab's keys where task=... or model=...
+    is another."""
     from hydra import compose, initialize_config_dir
 
     from itermerge.config import conf_dir
 
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        return compose("config", list(overrides))
+        others = {word for word in LABS if any(w.startswith(f"{word.partition('.')[0]}=") for w in overrides)}
+        return compose("config", [word for word in overrides if word not in others])
 
 
 def compose_analyze(*overrides: str) -> Any:
@@ -121,13 +137,11 @@ def compose_analyze(*overrides: str) -> Any:
 
 
 def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
-    """One small run in this process, without Hydra's job around it; its summary. task=... replaces the lab's."""
+    """One small run in this process, without Hydra's job around it; its summary."""
     from itermerge import cli, loop
     from itermerge.config import check
 
-    other = any(word.startswith("task=") for word in overrides)
-    small = [word for word in SMALL if not (other and word.startswith("task.family="))]
-    cfg = check(compose_config(*small, *overrides))
+    cfg = check(compose_config(*SMALL, *overrides))
     folder.mkdir(parents=True, exist_ok=True)
     cli.claim(folder, cfg)
     summary = loop.run(cfg, folder, cli.make_tracker(cfg, folder))

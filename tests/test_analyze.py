@@ -210,7 +210,7 @@ def test_study_of_layers_against_its_runs(chains: Path, capsys: pytest.CaptureFi
         held = np.mean([line["mismatch/skip/top_share"] for line in lines])
         row = rows[method, "skip"]
         assert row["Spearman"].startswith(f"{rho:+.2f} [")
-        assert row["top 2 of 8 hold"].startswith(f"{100 * held:.1f} [")
+        assert row["top 1 of 4 hold"].startswith(f"{100 * held:.1f} [")
         assert f"| {method} | 1 | skip | {rho:+.2f}" in printed
         p = [line["mismatch/skip/p"] for line in lines]
         assert row["p < .05"] == f"{sum(x < 0.05 for x in p)}/2"

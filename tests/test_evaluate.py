@@ -19,7 +19,7 @@ from itermerge.config import ConfigError, check_evaluate, conf_dir
 from itermerge.stages import LAB_SEED0
 
 SEED1 = LAB_SEED0.parent / "seed1"
-FEW = tuple(w for w in SMALL if not w.startswith(("rounds", "task.n_train")))
+FEW = tuple(w for w in SMALL if not w.startswith(("model", "rounds", "task.n_train")))
 
 
 def _evaluate(cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import SMALL, compose_config, in_a_process, read_rounds, run_here
+from conftest import LAB_SMALL, SMALL, compose_config, in_a_process, make_home, read_rounds, run_here
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -35,7 +35,7 @@ def _command(door: str, *words: str, cwd: Path) -> subprocess.CompletedProcess[s
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +64,9 @@ def test_a_run_ends_with_folders_that_load(run: Path) -> None:
     own = dict(model.named_parameters())
     assert own.keys() == weights.keys()
     assert all(torch.equal(own[name], weights[name]) for name in weights)
-    words = {f.name for f in LAB_SEED0.iterdir() if "token" in f.name}
+    words = {f.name for f in LAB_SMALL.iterdir() if "token" in f.name}
     assert "tokenizer.json" in words
-    assert all((run / "export/final" / f).read_bytes() == (LAB_SEED0 / f).read_bytes() for f in words)
+    assert all((run / "export/final" / f).read_bytes() == (LAB_SMALL / f).read_bytes() for f in words)
     best = json.loads((run / "summary.json").read_text())["best_round_by_validation"]
     assert json.loads((run / "export/best/recipe.json").read_text())["round"] == best
     assert not list(run.glob("export/*partial*"))
@@ -96,7 +96,7 @@ def test_the_card_has_the_runs_figures(run: Path) -> None:
         assert f"| {row} | {cells[0]} | {cells[1]} |" in card
     learnt = [int(m["train_sample/examples"]) for m in rounds[1:]]
     assert f"| examples learnt, by round | {learnt[0]}, {learnt[1]} |" in card
-    for said in ("# Round 2 of 2: find", "the lab's base, seed 0", "find (lab): 16 problems, the same each round",
+    for said in ("# Round 2 of 2: find", "the lab's base, seed 9", "find (lab): 16 problems, the same each round",
                  "| merge | linear (", "| ratio | 0.5 |", "| anchor | base, after each epoch |",
                  "| seed | 0 |", "up to 8 test items a task"):  # fmt: skip
         assert said in card
@@ -207,7 +207,7 @@ def test_a_hub_base_is_named_for_the_hub(run: Path) -> None:
 
 
 def test_an_export_has_exactly_the_runs_scores(run: Path, tmp_path: Path) -> None:
-    words = [w for w in SMALL if not w.startswith(("rounds", "task.n_train"))]
+    words = [w for w in SMALL if not w.startswith(("model", "rounds", "task.n_train"))]
     done = _command("evaluate", *words, "model=hf", f"model.path={run}/export/final", "out=out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("scores.json", "held_out.jsonl"):
@@ -252,15 +252,15 @@ def test_other_figures_the_second_time_are_refused(run: Path, tmp_path: Path) ->
 def test_the_base_is_exported_where_it_is_the_best(run: Path, tmp_path: Path) -> None:
     done = _command("export", f"run={run}", "round=0", "out=base", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "base", LAB_SEED0))
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "base", LAB_SMALL))
     assert all(torch.equal(ours[name], theirs[name].float()) for name in theirs)
     assert "The base itself" in (tmp_path / "base/README.md").read_text()
 
 
 def test_another_base_is_not_exported_under_the_runs_figures(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    export.check_base(run, base_digest(LAB_SEED0))
+    export.check_base(run, base_digest(LAB_SMALL))
     with pytest.raises(ExportError, match=r"round 0: the base is not the one that .* started from"):
-        export.check_base(run, base_digest(LAB_SEED0.parent / "seed1"))
+        export.check_base(run, base_digest(LAB_SEED0))
     assert not caplog.records
 
 

@@ -58,7 +58,7 @@ def test_the_rule_of_ones_own_runs(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(re.sub(r"^    ", "", text, flags=re.M))
     (words,) = OWN
-    out = itermerge(*words, *SMALL, "rounds=1", "hydra.run.dir=run", "suite.pass_k_n=0", cwd=tmp_path)
+    out = itermerge(*words, *SMALL, "model.seed=0", "rounds=1", "hydra.run.dir=run", "suite.pass_k_n=0", cwd=tmp_path)
     assert out.returncode == 0, out.stderr
     line = read_rounds(tmp_path / "run")[1]
     assert line["merge/ratio"] == 0.7

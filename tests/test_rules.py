@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import compose_config, deterministic_set, read_rounds, run_here
+from conftest import LAB_SMALL, compose_config, deterministic_set, read_rounds, run_here
 from torch import Tensor
 
 from itermerge import stages
@@ -24,7 +24,7 @@ from itermerge.tasks import derive_seed
 from itermerge.weights import place_of, read_weights
 
 LAST = ("merge.every_n_epochs=last", "suite.pre_merge=false", "suite.pass_k_n=0", "analysis.importance=[]")
-BASE = read_weights(stages.LAB_SEED0)
+BASE = read_weights(LAB_SMALL)
 
 
 @pytest.fixture
@@ -207,14 +207,14 @@ def test_ratios_by_layer_and_module_are_applied_and_recorded(tmp_path: Path, fit
     for name in BASE:
         row, kind = place_of(name)
         fixed = kind in ("norms", "norm", "embed")
-        ratio = 0.0 if fixed else 0.5 * int(row[6:]) / 7
+        ratio = 0.0 if fixed else 0.5 * int(row[6:]) / 3
         torch.testing.assert_close(got[name], torch.lerp(BASE[name], tuned[name], ratio), rtol=0, atol=1e-8)
     assert layers["embed"] == {"ratio": 0.0, "share": 0.0}
-    for i in range(8):
+    for i in range(4):
         row = layers[f"layer_{i:02d}"]
         assert row["ratio"] == rounds[1][f"merge/ratio/layer_{i:02d}"]
-        assert row["share"] == pytest.approx(0.5 * i / 7, rel=0.02, abs=1e-6)  # its norms, a few weights, stay
-        assert row["ratio"] == pytest.approx(0.5 * i / 7, rel=0.02)
+        assert row["share"] == pytest.approx(0.5 * i / 3, rel=0.02, abs=1e-6)  # its norms, a few weights, stay
+        assert row["ratio"] == pytest.approx(0.5 * i / 3, rel=0.02)
 
 
 def test_ratios_by_measured_importance(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_ratios_by_measured_importance(tmp_path: Path) -> None:
     means = {row: figures["mean"] for row, figures in table["estimators"]["skip"].items()}
     order = sorted(means, key=lambda row: -means[row])
     ratios = [rounds[1][f"merge/ratio/{row}"] for row in order]
-    assert ratios == pytest.approx([i / 7 for i in range(8)])  # .5 (1 - (2 r - 1)): the most important stays
+    assert ratios == pytest.approx([i / 3 for i in range(4)])  # .5 (1 - (2 r - 1)): the most important stays
     assert rounds[1]["merge/ratio/embed"] == 0.5
     assert rounds[1]["merge/share/" + order[0]] == 0
 
@@ -242,7 +242,7 @@ def test_importance_that_is_missing_ends_the_run(tmp_path: Path, monkeypatch: py
 def test_ratios_by_the_angle_of_rounds(tmp_path: Path, fits: list[Any]) -> None:
     rounds = _run(tmp_path, "merge/policy=angle", "merge.ratio=1.0", rounds=2)
     assert rounds[1]["merge/ratio"] == 1.0  # no round before
-    for i in range(8):
+    for i in range(4):
         row = f"layer_{i:02d}"
         u, v = (torch.cat([(t[n] - s[n]).flatten() for n in s if place_of(n)[0] == row]).double() for s, t in fits[:2])
         c = float(u @ v / (u.norm() * v.norm()))

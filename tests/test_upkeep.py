@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import compose_config, deterministic_set, itermerge, run_here
+from conftest import LAB_SMALL, compose_config, deterministic_set, itermerge, run_here
 from safetensors.torch import save_file
 
 from itermerge import stages, upkeep
@@ -237,8 +237,8 @@ def test_need_of_runs_that_share_nothing_and_of_what_is_in_hand() -> None:
 
 def test_need_is_no_less_than_what_runs_keep(tmp_path: Path) -> None:
     """The estimate against real stores."""
-    size = upkeep.weights_size(_cfgs(())[0])
-    assert size == 4 * sum(w.numel() for w in stages.read_weights(stages.LAB_SEED0).values())
+    size = upkeep.weights_size(_cfgs(("model.seed=9",))[0])
+    assert size == 4 * sum(w.numel() for w in stages.read_weights(LAB_SMALL).values())
     for keep in ("all", "last", "none"):
         words = (f"store.dir={tmp_path / keep}", f"store.keep={keep}", "merge.every_n_epochs=last")
         for rounds in (1, 2):

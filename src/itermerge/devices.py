@@ -1,7 +1,7 @@
 """Several devices: a group of child processes, one a device, that sample and fit for the run that started them.
 
-The children are fresh interpreters (`python -m itermerge.devices`) that hear from their parent over a pipe, a JSON
-line at a time, and answer likewise. They know nothing of Hydra, of the store or of a tracker: they are told a model's
+The children are fresh interpreters (`CHILD`) that hear from their parent over a pipe, a JSON line at a time, and answer
+likewise. They know nothing of Hydra, of the store or of a tracker: they are told a model's
 folder, prompts with the keys of their random numbers, or a fit. So jobs of a sweep may have several devices as well.
 They end with their parent, whichever way it ends: a pipe that closes is the end.
 
@@ -40,6 +40,8 @@ from .sft import Example, FitSpec, Fitted, fit
 from .weights import Weights, mean_of, write_folder
 
 TAIL = 20  # lines of a process's log that an error shows
+# What is imported stays: Python's collector would look at half a million objects, for seconds, and at their end again.
+CHILD = "import gc; gc.disable(); from itermerge import devices; gc.freeze(); gc.enable(); devices.main()"
 PATIENCE = 5.0  # seconds for a process to end after its pipe was closed
 
 
@@ -211,7 +213,7 @@ class _Child:
         words = [str(rank), str(n), device, str(threads), str(folder / "meeting")]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "itermerge.devices", *words], env=env, start_new_session=True,
+                [sys.executable, "-P", "-c", CHILD, *words], env=env, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8",
             )  # fmt: skip
         self.heard: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
@@ -394,7 +396,7 @@ class _Whole(pl.Callback):
 
 
 def main() -> None:
-    """A process of a group: `python -m itermerge.devices RANK N DEVICE THREADS MEETING`."""
+    """A process of a group: `python -c CHILD RANK N DEVICE THREADS MEETING`."""
     rank, n, device, threads, meeting = sys.argv[1:]
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print goes to the log
@@ -419,9 +421,3 @@ def _listen(inbox: queue.Queue[str]) -> None:
     for line in sys.stdin:
         inbox.put(line)
     os._exit(0)  # the parent has hung up, or has died
-
-
-if __name__ == "__main__":
-    from itermerge import devices  # not this module, which pickle would know under another name
-
-    devices.main()

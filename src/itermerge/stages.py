@@ -405,7 +405,7 @@ class Bench:
                 f"trainer.gradient_checkpointing: {type(self.policy.model).__name__} has none; lower sft.batch_size "
                 "and raise trainer.accumulate_grad_batches instead"
             )
-        self.loaded = self.base.digest
+        self.loaded = self.base.digest  # what is in the policy; "" for weights in between
         self.size = 4 * sum(w.numel() for w in self.base_weights.values())  # bytes, float32
         self.keep = store.keep = keep_of(cfg, self.size)
         self.replay = self._fit_for_replay(self.replay)
@@ -1034,7 +1034,7 @@ class Bench:
             raise AnalysisError(f"{name}: the base has no verified solution to measure it on")
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            policy = self._load(self.base)
+            policy, self._copy = self._load(self.base), None  # gradients need the room
             examples = self._examples((e["prompt"], e["completion"]) for e in chosen)
             total = len(chosen) * ((set(spec.importance) != {"taylor"}) + ("taylor" in spec.importance))
             with progress("importance of layers", total) as tick, _deterministic(self.cfg, self.device):
@@ -1198,6 +1198,14 @@ class Bench:
             self._base_logs = made
         return self._base_logs
 
+    @property
+    def loaded(self) -> str:
+        return self._loaded
+
+    @loaded.setter
+    def loaded(self, digest: str) -> None:
+        self._loaded, self._copy = digest, None
+
     def _load(self, model: Model) -> Policy:
         if self.group:
             self.policy.model.to(self.device)
@@ -1247,7 +1255,9 @@ class Bench:
         if model is self.teacher:
             other = Policy(model.folder, trust_remote_code=self._trusts(model), device=self.device)
             return in_dtype(other, getattr(torch, self.dtype))
-        return in_dtype(self._load(model), getattr(torch, self.dtype))
+        own = in_dtype(self._load(model), getattr(torch, self.dtype), self._copy)
+        self._copy = own.copy
+        return own
 
     def _load_on_devices(self, folder: Path, trust: bool) -> Decode:
         assert self.group is not None
@@ -1257,6 +1267,7 @@ class Bench:
     def _leave_device(self) -> None:
         """Makes room on a GPU for the group's processes; `_load` comes back."""
         if self.device == "cuda":
+            self._copy = None
             self.policy.model.to("cpu")
             torch.cuda.empty_cache()
 
@@ -1407,14 +1418,17 @@ def _deterministic(cfg: Root, device: str) -> Iterator[None]:
 
 
 class in_dtype:
-    """The policy with a copy of its model in another dtype, while it samples; the float32 weights stay as they are."""
+    """The policy with a copy of its model in another dtype, while it samples; the float32 weights stay as they are.
+    `copy` is the one that was made before, of the same weights."""
 
-    def __init__(self, policy: Policy, dtype: torch.dtype) -> None:
-        self.policy, self.dtype, self.own = policy, dtype, policy.model
+    def __init__(self, policy: Policy, dtype: torch.dtype, copy: Any = None) -> None:
+        self.policy, self.own, self.copy = policy, policy.model, copy
+        if copy is None and dtype != torch.float32:
+            self.copy = copy_in(self.own, dtype)
 
     def __enter__(self) -> Policy:
-        if self.dtype != torch.float32:
-            self.policy.model = copy_in(self.own, self.dtype)
+        if self.copy is not None:
+            self.policy.model = self.copy
         return self.policy
 
     def __exit__(self, *_: object) -> None:

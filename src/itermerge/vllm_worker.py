@@ -10,6 +10,7 @@ is not looked into). vLLM prints where it likes: what it takes for standard outp
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -41,7 +42,11 @@ class Worker:
 
     def start(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
         """Makes the engine; the kind of its device, and the positions that a prompt and its completion may have."""
-        self.llm = importlib.import_module("vllm").LLM(model=model, **options)
+        gc.disable()  # all that this imports stays: the collector would look at it for seconds
+        vllm: Any = importlib.import_module("vllm")
+        gc.freeze()
+        gc.enable()
+        self.llm = vllm.LLM(model=model, **options)
         self.device = importlib.import_module("vllm.platforms").current_platform.device_type
         return {"device": self.device, "context": self.llm.llm_engine.model_config.max_model_len}
 
