@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,12 +29,16 @@ from itermerge.report.page import p_value
 ITEMS = 100
 
 
+@cache
+def config_of(*words: str) -> str:
+    """The config.yaml of a run; composing takes longer than most reports."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(check(compose_config(*words)))))
+
+
 def write_job(folder: Path, ids: list[int], oods: list[int], *words: str, best: int = 1, saved: float = 2.5) -> None:
     """A finished job: the items solved in each round, of 100, in domain and out of it."""
     folder.mkdir(parents=True)
-    OmegaConf.save(
-        OmegaConf.create(to_dict(check(compose_config(f"rounds={len(ids) - 1}", *words)))), folder / "config.yaml"
-    )
+    (folder / "config.yaml").write_text(config_of(f"rounds={len(ids) - 1}", *words))
     lines = [
         {
             "round": t, "id/acc": i / ITEMS, "id/acc_low": 0, "id/acc_high": 1, "ood/acc": o / ITEMS,
