@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ import itermerge
 from itermerge import cli, loop, sft, stages, tracking
 from itermerge.config import check
 from itermerge.decoding import complete
-from itermerge.policy import Policy
+from itermerge.policy import Policy, copy_in
 from itermerge.sft import Fitted, SftError
 from itermerge.stages import EmptyRound
 from itermerge.store import Store, StoreError
@@ -135,6 +137,31 @@ def test_a_bfloat16_copy_samples_and_the_weights_stay_float32(cold: Path, tmp_pa
     assert np.mean([a == b for a, b in pairs]) > 0.8
     again = run_here(tmp_path / "whole", where, "rounds=1")
     assert again["stages"]["reused"] == {}  # another dtype, another key
+
+
+def test_each_model_is_copied_once_and_gradients_have_the_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    seen: list[list[bool]] = []
+
+    def copied(model: Any, dtype: torch.dtype) -> Any:
+        copy = copy_in(model, dtype)
+        made.append(weakref.ref(copy))
+        return copy
+
+    def watched(own: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            gc.collect()
+            seen.append([ref() is not None for ref in made])
+            return own(*given, **named)
+
+        return run
+
+    monkeypatch.setattr(stages, "copy_in", copied)
+    monkeypatch.setattr(stages, "importance", watched(stages.importance))
+    monkeypatch.setattr(stages, "fit", watched(stages.fit))
+    run_here(tmp_path / "run", "store=none", "sampler.dtype=bfloat16", "analysis.importance=[taylor]")
+    assert seen == [[False], [False], [False] * 3]  # importance of the base, two fits
+    assert len(made) == 5  # base; tuned and merged of each round: evaluated, probed, sampled from
 
 
 @pytest.mark.parametrize("fast", [True, False])
