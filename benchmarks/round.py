@@ -294,6 +294,12 @@ class Clock:
         self.seconds[self.stack.pop()] += now - self.since
         self.since = now
 
+    def so_far(self) -> dict[str, float]:
+        now = time.perf_counter()
+        self.seconds[self.stack[-1]] += now - self.since
+        self.since = now
+        return dict(self.seconds)
+
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*given: Any, **named: Any) -> Any:
             self.enter(name)
@@ -364,6 +370,7 @@ def watch_rest(clock: Clock) -> None:
         ("layers: change", change, "layer_change"), ("layers: change", change, "merge_shares"),
         ("layers: change", change, "relative_distance"), ("writing weights", stages, "save_file"),
         ("importance: not passes", bench, "importance"), ("importance: not passes", importance, "importance"),
+        ("forward", importance, "_losses"),  # as in a fit
         ("probe: not passes", bench, "probe"), ("probe: not passes", diversity, "text_entropy"),
         ("probe: not passes", diversity, "keep_predictions"), ("probe: not passes", diversity, "divergence"),
         ("figures of samples", stages, "sample_ratios"), ("record of a round", record, "write"),
@@ -379,9 +386,22 @@ def watch_rest(clock: Clock) -> None:
         setattr(owner, attribute, wrapped)
 
 
+def watch_rounds(clock: Clock, rounds: dict[int, dict[str, float]]) -> None:
+    """Notes the seconds so far when a round's figures are written, by its number."""
+    from itermerge.loop import RunRecord
+
+    write = RunRecord.write
+
+    def written(self: Any, bench: Any, number: int, **what: Any) -> None:
+        write(self, bench, number, **what)
+        rounds[number] = clock.so_far()
+
+    RunRecord.write = written
+
+
 def inside(out: Path, began: float, words: Sequence[str]) -> None:
     """A run with watches on it; writes `out`."""
-    clock = Clock("else")
+    clock, rounds = Clock("else"), dict[int, dict[str, float]]()
     clock.seconds["start of Python"] += time.time() - began
     load = builtins.__import__
 
@@ -401,6 +421,7 @@ def inside(out: Path, began: float, words: Sequence[str]) -> None:
         with cli._imports(given[0].threads):
             watch_compute(clock)
             watch_rest(clock)
+            watch_rounds(clock, rounds)
         clock.leave()
         return begin(*given)
 
@@ -410,7 +431,7 @@ def inside(out: Path, began: float, words: Sequence[str]) -> None:
         cli.main()
     finally:
         clock.leave()
-        out.write_text(json.dumps({"seconds": clock.seconds, "calls": clock.calls}))
+        out.write_text(json.dumps({"seconds": clock.seconds, "calls": clock.calls, "rounds": rounds}))
 
 
 def share(words: Sequence[str]) -> dict[str, Any]:
@@ -434,12 +455,23 @@ def share(words: Sequence[str]) -> dict[str, Any]:
         rows.append(row | {"calls": calls.get(what, 1)})
         print(f"{what:28s} {taken:8.2f} s {100 * taken / whole:6.1f}%  {calls.get(what, 1):8d} calls")
     own = seconds.get(DECODE, 0.0)
+    first, last = (made["rounds"][t] for t in (min(made["rounds"], key=int), max(made["rounds"], key=int)))
+    between = {name: last[name] - first.get(name, 0.0) for name in last}
+    alone = sum(between.values())
+    beside = alone - sum(between[name] for name in COMPUTE if name in between)
+    print(
+        f"rounds alone, without start, the base's figures and the report: {alone:.1f} s, of which {beside:.1f} s, "
+        f"{100 * beside / alone:.1f}%", flush=True,
+    )  # fmt: skip
     print(
         f"whole run {whole:.1f} s, of which not forward, backward, optimizer or decode {rest:.1f} s, "
         f"{100 * rest / whole:.1f}%; with what Python does in decoding {100 * (rest + own) / whole:.1f}%", flush=True,
     )  # fmt: skip
+    for what, taken, of in (("whole run", rest, whole), ("rounds alone", beside, alone)):
+        row = {"what": f"not compute, {what}", "seconds": round(taken, 2), "share": f"{100 * taken / of:.1f}%"}
+        rows.append(row | {"calls": 1})
     print(f"share {rest / whole:.3f} (target at most {SHARE_TARGET})", flush=True)
-    return {"name": "share", "rows": rows, "ratio": rest / whole}
+    return {"name": "share", "rows": rows, "ratio": rest / whole, "rounds": beside / alone}
 
 
 # --- both -----------------------------------------------------------------------------------------------------------

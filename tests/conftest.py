@@ -25,9 +25,10 @@ from hypothesis import settings
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
 
-import torch
+gc.disable()  # what is imported up to the tests stays: the collector would look at it for seconds
+import torch  # noqa: E402
 
-from itermerge.policy import Policy
+from itermerge.policy import Policy  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -63,7 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what is imported stays: the collector need not look at it in each test
+    gc.freeze()  # nor need it in each test
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import enliven
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -191,3 +194,14 @@ def test_a_copy_in_bfloat16_is_what_loading_in_bfloat16_gives(tiny: Policy) -> N
     ids = torch.tensor([tiny.encode_prompt("add 34+18?")])
     with torch.inference_mode():
         assert torch.equal(made(ids).logits, loaded(ids).logits)
+
+
+def test_pyright_is_told_what_transformers_has() -> None:
+    """typings/ names where each thing is defined; it must be what the top level gives."""
+    stub = Path(__file__).parents[1] / "typings" / "transformers" / "__init__.pyi"
+    named = re.findall(r"^from (\S+) import (.+)$", stub.read_text(), re.M)
+    assert len(named) >= 10
+    for module, said in named:
+        name, alias = said.split(" as ")
+        assert name == alias
+        assert getattr(transformers, name) is getattr(import_module(module), name)
