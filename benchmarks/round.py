@@ -295,6 +295,7 @@ class Clock:
         self.since = now
 
     def so_far(self) -> dict[str, float]:
+        """Seconds by name up to this moment."""
         now = time.perf_counter()
         self.seconds[self.stack[-1]] += now - self.since
         self.since = now
@@ -471,7 +472,7 @@ def share(words: Sequence[str]) -> dict[str, Any]:
         row = {"what": f"not compute, {what}", "seconds": round(taken, 2), "share": f"{100 * taken / of:.1f}%"}
         rows.append(row | {"calls": 1})
     print(f"share {rest / whole:.3f} (target at most {SHARE_TARGET})", flush=True)
-    return {"name": "share", "rows": rows, "ratio": rest / whole, "rounds": beside / alone}
+    return {"name": "share", "rows": rows, "ratio": rest / whole}
 
 
 # --- both -----------------------------------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ settings.register_profile("default", derandomize=True, deadline=None)
 settings.register_profile("explore", max_examples=2000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
-# The lab's base with half of its layers, which runs of the tests start from: fixtures/lab-seed9/recipe.json has its
-# making, `itermerge experiment=pretrain_lab` with what differs from there as program.layers=4 and so on.
+# A base of the lab with half as many layers, which runs of the tests start from. Its recipe.json says how it was made:
+# `itermerge experiment=pretrain_lab model.seed=9` with program.layers=4 and what else differs there.
 LAB_SMALL = Path(__file__).parent / "fixtures" / "lab-seed9"
 
 # Small enough for a second or two, on a task that this base solves often, whatever its training.

@@ -1,9 +1,9 @@
 """Several devices: a group of child processes, one a device, that sample and fit for the run that started them.
 
 The children are fresh interpreters (`CHILD`) that hear from their parent over a pipe, a JSON line at a time, and answer
-likewise. They know nothing of Hydra, of the store or of a tracker: they are told a model's
-folder, prompts with the keys of their random numbers, or a fit. So jobs of a sweep may have several devices as well.
-They end with their parent, whichever way it ends: a pipe that closes is the end.
+likewise. They know nothing of Hydra, of the store or of a tracker: they are told a model's folder, prompts with the
+keys of their random numbers, or a fit. So jobs of a sweep may have several devices as well. They end with their parent,
+whichever way it ends: a pipe that closes is the end.
 
 Prompts are shared out by length, those of one prompt to one process; the draws of a sample are its own (`decoding`), so
 completions are those of one device, rounding apart. Of a step's examples each process takes its part, and the loss is
@@ -40,7 +40,7 @@ from .sft import Example, FitSpec, Fitted, fit
 from .weights import Weights, mean_of, write_folder
 
 TAIL = 20  # lines of a process's log that an error shows
-# What is imported stays: Python's collector would look at half a million objects, for seconds, and at their end again.
+# What is imported stays: half a million objects, at which Python's collector would look again and again, for seconds.
 CHILD = "import gc; gc.disable(); from itermerge import devices; gc.freeze(); gc.enable(); devices.main()"
 PATIENCE = 5.0  # seconds for a process to end after its pipe was closed
 

@@ -43,9 +43,11 @@ class Worker:
     def start(self, model: str, options: dict[str, Any]) -> dict[str, Any]:
         """Makes the engine; the kind of its device, and the positions that a prompt and its completion may have."""
         gc.disable()  # all that this imports stays: the collector would look at it for seconds
-        vllm: Any = importlib.import_module("vllm")
-        gc.freeze()
-        gc.enable()
+        try:
+            vllm: Any = importlib.import_module("vllm")
+        finally:
+            gc.freeze()
+            gc.enable()
         self.llm = vllm.LLM(model=model, **options)
         self.device = importlib.import_module("vllm.platforms").current_platform.device_type
         return {"device": self.device, "context": self.llm.llm_engine.model_config.max_model_len}
