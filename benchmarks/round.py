@@ -1,7 +1,8 @@
 """One whole round of IMM on SmolLM2-135M: ours, and the same assembled from transformers' `generate`, TRL and mergekit.
 
     python benchmarks/round.py [--repeats 2] [--json]    about 12 minutes a repeat on two cores; needs `make smollm2`
-    python benchmarks/round.py --share                   what of our round is not forward, backward, optimizer or decode
+    python benchmarks/round.py --share                   what of our run, and of the round alone, is neither forward,
+                                                         backward, optimizer nor decode
     python benchmarks/round.py --sizes 16 32 64 128      the peer's `generate` on some items, to choose its batch size
 
 The round is that of `experiment=smollm2_arithmetic` (problems, prompts, stop strings, precision, steps), analysis off,

@@ -47,7 +47,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 LAB_SMALL = Path(__file__).parent / "fixtures" / "lab-seed9"
 
 # Small enough for a second or two, on a task that this base solves often, whatever its training.
-LABS = ("model.seed=9", "task.family=find")
+LABS = ("model.seed=9", "task.family=find")  # keys that another model=... or task=... does not have
 SMALL = (
     *LABS, "rounds=2", "task.n_train=16", "task.n_validation=8", "suite.n=8", "suite.pass_k_n=4",
     "suite.near=[{kind: lab, family: chain}]", "suite.far=[{kind: lab, family: sort}]", "sampler.n=4",
