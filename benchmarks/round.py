@@ -369,8 +369,7 @@ def watch_rest(clock: Clock) -> None:
         ("set-up of the stages", bench, "__init__"), ("fit: Lightning, batches", sft, "fit"),
         ("store: keys, manifests", store.Store, "stage"), ("merge", merging.Merge, "all"),
         ("layers: update", change, "update_of"), ("layers: update", change, "update_figures"),
-        ("layers: change", change, "layer_change"), ("layers: change", change, "merge_shares"),
-        ("layers: change", change, "relative_distance"), ("writing weights", stages, "save_file"),
+        ("layers: change", change, "changes"), ("writing weights", stages, "save_file"),
         ("importance: not passes", bench, "importance"), ("importance: not passes", importance, "importance"),
         ("forward", importance, "_losses"),  # as in a fit
         ("probe: not passes", bench, "probe"), ("probe: not passes", diversity, "text_entropy"),

@@ -5,32 +5,28 @@ Nothing here touches the user's own cache: ITERMERGE_HOME is a folder of the tes
 
 from __future__ import annotations
 
-import atexit
 import gc
 import json
 import os
-import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
 
+if TYPE_CHECKING:  # pytest-xdist's controller reads this file and nothing else: it is spared these imports
+    from itermerge.policy import Policy
+
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WANDB_MODE="offline")
 
 gc.disable()  # what is imported up to the tests stays: the collector would look at it for seconds
-import torch  # noqa: E402
-
-from itermerge.policy import Policy  # noqa: E402
-
-torch.set_num_threads(1)
 
 # A shell starts what it puts into the background with Ctrl-C ignored, and a test of Ctrl-C would wait for ever.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -68,6 +64,43 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+NURSERY = pytest.StashKey[tuple[subprocess.Popen[bytes], str]]()
+PYTHON = str(Path(__file__).with_name("python"))  # an interpreter that has everything imported
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput"):
+        return  # one nursery for all workers
+    folder = tempfile.mkdtemp()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/nursery")
+        listener.listen(128)
+        os.environ.update(NURSERY=f"{folder}/nursery", NURSERY_PYTHON=sys.executable)
+        command = [sys.executable, str(Path(__file__).with_name("nursery.py")), "--serve", str(listener.fileno())]
+        started = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()])
+    config.stash[NURSERY] = started, folder
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if NURSERY in config.stash:
+        started, folder = config.stash[NURSERY]
+        started.communicate()  # which ends it
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def quick_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes that a test starts, of vLLM or of a group of devices, begin with everything imported."""
+    monkeypatch.setattr(sys, "executable", PYTHON)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -95,11 +128,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(tiny_folder: Path) -> Policy:
+    from itermerge.policy import Policy
+
     return Policy(tiny_folder)
 
 
 def enliven(policy: Policy) -> Policy:
     """`policy` with larger random matrices: texts vary, and its predictions are far from uniform."""
+    import torch
+
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for w in policy.weights().values():
@@ -111,6 +148,7 @@ def enliven(policy: Policy) -> Policy:
 @pytest.fixture(scope="session")
 def lab() -> Policy:
     """The shipped base model; tests leave its weights as they are."""
+    from itermerge.policy import Policy
     from itermerge.stages import LAB_SEED0
 
     return Policy(LAB_SEED0)
@@ -151,85 +189,35 @@ def run_here(folder: Path, *overrides: str) -> dict[str, Any]:
     return summary
 
 
+MAIN = "from itermerge.cli import main; main()"
+NO_REPORTS = "from itermerge import report; report.run = lambda folder: []; "  # they take longer than a small run
+
+
 def itermerge(
     *words: str, cwd: Path, env: dict[str, str] | None = None, reports: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """`itermerge` run to its end in another process; a run's report takes longer than a small run. With a launcher that
-    starts processes it is one of its own: joblib's does not end in a process that was forked."""
-    alone = any(word.startswith("hydra/launcher=") and word != "hydra/launcher=basic" for word in words)
-    if alone or "PYTHONHASHSEED" in (env or {}):
-        command = [sys.executable, "-m", "itermerge", *words]
-        own = {"cwd": cwd, "env": os.environ | (env or {}), "capture_output": True, "text": True, "timeout": 600}
-        return subprocess.run(command, check=False, **own)
-    return in_a_process(MAIN, *words, cwd=cwd, env=env, reports=reports)
-
-
-@cache
-def _nursery() -> subprocess.Popen[str]:
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    started = subprocess.Popen([sys.executable, str(Path(__file__).with_name("nursery.py"))], **pipes)
-    atexit.register(started.communicate)  # which ends it
-    return started
-
-
-class Forked:
-    """`code` in a process that is forked from one with all imports done: seconds less. One at a time."""
-
-    def __init__(self, code: str, words: Sequence[str], cwd: Path, env: dict[str, str] | None, reports: bool) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.out, self.err = (Path(self.folder.name) / name for name in ("out", "err"))
-        asked = {"code": code, "words": words, "cwd": str(cwd), "env": os.environ | (env or {}), "reports": reports}
-        nursery = _nursery()
-        assert nursery.stdin is not None
-        assert nursery.stdout is not None
-        self.told = nursery.stdout.fileno()
-        nursery.stdin.write(json.dumps(asked | {"out": str(self.out), "err": str(self.err)}) + "\n")
-        nursery.stdin.flush()
-        self.pid, self.returncode = self._number(), cast("int | None", None)
-
-    def _number(self) -> int:
-        """The next line. What lies behind it stays in the pipe, where `select` sees it."""
-        line = b""
-        while not line.endswith(b"\n"):
-            read = os.read(self.told, 1)
-            assert read, "the nursery has ended"
-            line += read
-        return int(line)
-
-    def poll(self) -> int | None:
-        if self.returncode is None and select.select([self.told], [], [], 0)[0]:
-            self.returncode = self._number()
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def communicate(self, timeout: float = 600) -> tuple[str, str]:
-        """What it wrote, when it has ended."""
-        if self.returncode is None:
-            assert select.select([self.told], [], [], timeout)[0], f"still running after {timeout} s"
-            self.returncode = self._number()
-        with self.folder:
-            return self.out.read_text(), self.err.read_text()
-
-
-MAIN = "from itermerge.cli import main; main()"
-
-
-def forked(*words: str, cwd: Path) -> Forked:
-    """`itermerge` started in such a process."""
-    return Forked(MAIN, words, cwd, None, reports=False)
+    """`itermerge` run to its end in another process. With a launcher that starts processes and knows them by their
+    numbers it is the real command."""
+    if not {"hydra/launcher=joblib", "hydra/launcher=submitit_local"} & set(words):
+        return in_a_process(("" if reports else NO_REPORTS) + MAIN, *words, cwd=cwd, env=env)
+    command = [sys.executable, "-m", "itermerge", *words]
+    own: dict[str, Any] = {"cwd": cwd, "env": os.environ | (env or {}), "capture_output": True, "text": True}
+    return subprocess.run(command, check=False, timeout=600, **own)
 
 
 def in_a_process(
-    code: str, *words: str, cwd: Path, env: dict[str, str] | None = None, reports: bool = True
+    code: str, *words: str, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`code` run to its end in such a process."""
-    started = Forked(code, words, cwd, env, reports)
-    out, err = started.communicate()
-    assert started.returncode is not None
-    return subprocess.CompletedProcess(words, started.returncode, out, err)
+    """`code` run to its end in a process that begins with everything imported."""
+    command = [PYTHON, "-c", code, *words]
+    own: dict[str, Any] = {"cwd": cwd, "env": os.environ | (env or {}), "capture_output": True, "text": True}
+    return subprocess.run(command, check=False, timeout=600, **own)
+
+
+def forked(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """`itermerge` started in such a process."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([PYTHON, "-c", NO_REPORTS + MAIN, *words], cwd=cwd, **pipes)
 
 
 def deterministic_set(folder: Path) -> dict[str, bytes]:
@@ -249,7 +237,6 @@ def read_rounds(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def write_variant(tiny_folder: Path, tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """A copy of the tiny model's folder with JSON files edited: {file: {key: value}}, None removes a key or a file."""
-    import shutil
 
     def write(edits: dict[str, dict[str, Any] | None]) -> Path:
         folder = tmp_path / "variant"

@@ -17,11 +17,11 @@ from scipy import stats
 from itermerge.analysis import change
 from itermerge.analysis.change import (
     AnalysisError,
+    changes,
     effective_rank,
     layer_change,
     place_of,
     ranks_are_cheap,
-    relative_distance,
     update_figures,
     update_of,
 )
@@ -90,10 +90,26 @@ def test_other_tensors_are_refused() -> None:
         layer_change(BASE, {name: w for name, w in BASE.items() if name != "model.norm.weight"})
 
 
-def test_relative_distance_by_hand() -> None:
-    a, b = {"x": torch.tensor([3.0]), "y": torch.tensor([4.0])}, {"x": torch.tensor([3.5]), "y": torch.tensor([4.0])}
-    assert relative_distance(a, b) == pytest.approx(0.1)  # 0.5 / 5
-    assert relative_distance(a, a) == 0
+def test_changes_by_hand() -> None:
+    """A base, an anchor elsewhere, and half of the way back to it."""
+    base = {"model.layers.0.mlp.up_proj.weight": torch.tensor([3.0, 0.0]), "model.norm.weight": torch.tensor([4.0])}
+    anchor = {"model.layers.0.mlp.up_proj.weight": torch.tensor([3.0, 1.0]), "model.norm.weight": torch.tensor([4.0])}
+    tuned = {"model.layers.0.mlp.up_proj.weight": torch.tensor([5.0, 1.0]), "model.norm.weight": torch.tensor([4.0])}
+    merged = {"model.layers.0.mlp.up_proj.weight": torch.tensor([4.0, 2.0]), "model.norm.weight": torch.tensor([4.0])}
+    ratios = {"model.layers.0.mlp.up_proj.weight": 0.25, "model.norm.weight": 0.75}
+    got = changes(base, anchor, tuned, merged, ratios)
+    assert (got.tuned, got.merged) == (layer_change(base, tuned), layer_change(base, merged))
+    assert got.drift == pytest.approx(5**0.5 / 5)  # (1, 2, 0) of (3, 0, 4)
+    assert got.anchor_distance == pytest.approx(2**0.5 / 26**0.5)  # (1, 1, 0) of (3, 1, 4)
+    # of (2, 0), the way from the anchor, (1, 1) has 2 of 4
+    assert got.left == {"layer_00": {"ratio": 0.25, "share": 0.5}, "norm": {"ratio": 0.75, "share": None}}
+    at_base = changes(base, base, tuned, merged, ratios)
+    assert at_base.anchor_distance == at_base.drift == got.drift
+    assert at_base.left["layer_00"]["share"] == pytest.approx(4 / 5)  # (2, 1) by (1, 2) of (2, 1) by (2, 1)
+    kept = changes(base, base, tuned, tuned, ratios)  # no merge
+    assert (kept.tuned, kept.left["layer_00"]["share"]) == (kept.merged, 1)
+    with pytest.raises(PolicyError, match=r"the merged model and the base differ.*missing \['model.norm.weight'\]"):
+        changes(base, anchor, tuned, {k: w for k, w in merged.items() if k != "model.norm.weight"}, ratios)
 
 
 @pytest.mark.parametrize(
@@ -167,14 +183,15 @@ def test_update_figures_by_hand() -> None:
     assert (first["cosine"], first["sign_agreement"]) == (None, None)
 
 
-@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (4, 4)])
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (4, 4), (96, 300), (400, 250)])
 def test_effective_rank_against_singular_values(shape: tuple[int, int]) -> None:
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     p = np.linalg.svd(matrix.numpy(), compute_uv=False)
     p /= p.sum()
     assert effective_rank(matrix) == pytest.approx(float(np.exp(-(p * np.log(p)).sum())), rel=1e-9)
     assert effective_rank(torch.eye(5, dtype=torch.float64)) == pytest.approx(5)
-    assert effective_rank(torch.outer(matrix[0], matrix[0])) == pytest.approx(1, abs=1e-5)
+    row = matrix[0, :7]
+    assert effective_rank(torch.outer(row, row)) == pytest.approx(1, abs=1e-5)
     assert effective_rank(torch.zeros(3, 3, dtype=torch.float64)) is None
 
 
@@ -207,7 +224,8 @@ def test_streamed_from_shards_equals_in_memory(tmp_path: Path, monkeypatch: pyte
     whole = layer_change(base, now)
     one, other = _sharded(tmp_path / "a", base), _sharded(tmp_path / "b", now)
     assert layer_change(one, other) == whole
-    assert relative_distance(one, other) == relative_distance(base, now)
+    ratios = dict.fromkeys(base, 0.5)
+    assert changes(one, one, other, other, ratios) == changes(base, base, now, now, ratios)
     monkeypatch.setattr(change, "PIECE", 10)  # two rows at a time
     pieces = layer_change(one, other)
     for row, figures in whole.items():

@@ -371,6 +371,7 @@ torch.save(policy.weights(), f"{sys.argv[3]}.{trainer.global_rank}")
 """
 
 
+@pytest.mark.usefixtures("quick_python")
 def test_two_processes_end_with_the_same_weights(tiny_folder: Path, tmp_path: Path) -> None:
     """DDP on two CPU processes: each rank saw other examples, drew the same masks and merged alike."""
     script = tmp_path / "ddp.py"

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SMALL, Forked, deterministic_set, forked, itermerge, run_here
+from conftest import SMALL, deterministic_set, forked, itermerge, run_here
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_one_command_makes_a_whole_run_folder_with_the_same_bytes(reference: Path, tmp_path: Path) -> None:
-    done = itermerge(*SMALL, f"store.dir={tmp_path / 'store'}", cwd=tmp_path, env={"PYTHONHASHSEED": "5"})
+    done = itermerge(*SMALL, f"store.dir={tmp_path / 'store'}", cwd=tmp_path, env={"PYTHONHASHSEED": "5"}, reports=True)
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs").glob("*/*")
     assert deterministic_set(folder) == deterministic_set(reference)
@@ -49,7 +49,7 @@ def test_one_command_makes_a_whole_run_folder_with_the_same_bytes(reference: Pat
     assert "Warning" not in done.stderr
 
 
-def _wait_for(started: Forked, file: Path) -> None:
+def _wait_for(started: subprocess.Popen[str], file: Path) -> None:
     """Until the run has written its first round; fails when it ended before."""
     for _ in range(6000):
         if file.is_file() and file.read_text():

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -36,6 +35,11 @@ SPEC = FitSpec(
     gradient_clip_val=0.05, deterministic=True, strategy="ddp",
 )  # fmt: skip
 TWO = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "threads=2")
+
+
+@pytest.fixture(autouse=True)
+def _quick(quick_python: None) -> None:
+    """All but `test_no_process_is_left_when_the_parent_is_killed`, whose processes are real."""
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +278,7 @@ def test_no_process_is_left_when_the_parent_is_killed(lively: Path, tmp_path: Pa
         f"group.load(Path({str(lively)!r}), dtype='float32')\n"
         "print(*(c.process.pid for c in group.children), flush=True)\ntime.sleep(600)\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([os.environ["NURSERY_PYTHON"], "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pids = [int(word) for word in parent.stdout.readline().split()]
     assert len(pids) == 2

@@ -715,7 +715,7 @@ def test_a_failed_analysis_is_recorded_and_the_loop_goes_on(
         raise AnalysisError("no blocks here")
 
     monkeypatch.setattr(stages, "importance", fail)
-    monkeypatch.setattr(stages.change, "layer_change", fail)
+    monkeypatch.setattr(stages.change, "changes", fail)
     monkeypatch.setattr(stages.diversity, "divergence", fail)
     summary = run_here(tmp_path / "run", f"store.dir={tmp_path / 'store'}")
     assert summary["analysis_failed"] == dict.fromkeys(

@@ -57,7 +57,7 @@ def placed(patch: pytest.MonkeyPatch, file: Path) -> Calls:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Calls:
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quick_python: None) -> Calls:
     return placed(monkeypatch, tmp_path / "calls.jsonl")
 
 
@@ -262,7 +262,8 @@ def test_the_worker_leaves_when_the_run_dies(calls: Any, monkeypatch: pytest.Mon
         "e.load(t.LAB_SEED0, Policy(t.LAB_SEED0)); e.complete(t.PROMPTS, keys=None, **t.HOW)"
     )
     path = os.pathsep.join([str(FAKE), str(Path(__file__).parent)])
-    run = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    real = os.environ["NURSERY_PYTHON"]  # for the run and for vLLM
+    run = subprocess.Popen([real, "-c", code], env=os.environ | {"PYTHONPATH": path})
     try:
         while run.poll() is None and not calls("generate"):
             time.sleep(0.1)

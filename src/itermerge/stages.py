@@ -1078,15 +1078,12 @@ class Bench:
         ratios = _times(merged.ratio, 1, self.base_weights)
 
         def compute(folder: Path) -> Mapping[str, Any]:
-            now, towards = self._stream(model), anchor.weights()
-            after, drift = change.change_and_distance(self.base_weights, now)
-            before = after
-            if tuned.digest != model.digest:
-                before = change.layer_change(self.base_weights, self._stream(tuned))
-            left = change.merge_shares(towards, self._stream(tuned), now, ratios)
-            write_json(folder / "layers.json", {"pre_merge": before, "merged": after, "update": rows, "merge": left})
-            far = drift if towards is self.base_weights else change.relative_distance(towards, now)
-            return {"drift": drift, "anchor_distance": far}
+            found = change.changes(
+                self.base_weights, anchor.weights(), self._stream(tuned), self._stream(model), ratios
+            )
+            layers = {"pre_merge": found.tuned, "merged": found.merged, "update": rows, "merge": found.left}
+            write_json(folder / "layers.json", layers)
+            return {"drift": found.drift, "anchor_distance": found.anchor_distance}
 
         inputs = {
             "base": self.base.digest, "tuned": tuned.digest, "merged": model.digest, "anchor": anchor.digest,

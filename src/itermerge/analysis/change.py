@@ -7,8 +7,9 @@ Weights are read tensor by tensor, large ones in pieces, so that both models may
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -25,40 +26,114 @@ class AnalysisError(RuntimeError):
     """An analysis that cannot be made, with what was found and the way out."""
 
 
+class _Sums:
+    """Sums over the weights of a model and of its change, by row and kind."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, list[float]]] = {}  # change squared, model squared, |change|, weights
+
+    def add(self, name: str, parts: Sequence[float]) -> None:
+        row, kind = place_of(name)
+        if not math.isfinite(parts[0] + parts[1]):
+            raise AnalysisError(f"{name}: has weights that are not finite, so that no change can be given")
+        at = self.rows.setdefault(row, {}).setdefault(kind, [0.0] * 4)
+        at[:] = [x + y for x, y in zip(at, parts, strict=True)]
+
+    def distance(self) -> float:
+        """||change|| / ||model|| over all tensors."""
+        change, size = (sum(s[i] for kinds in self.rows.values() for s in kinds.values()) for i in (0, 1))
+        return math.sqrt(change / size) if size else 0.0
+
+    def table(self) -> dict[str, dict]:
+        """What `layer_change` gives."""
+        total = sum(s[0] for kinds in self.rows.values() for s in kinds.values())
+
+        def figures(s: Sequence[float]) -> dict[str, float]:
+            return {"relative": math.sqrt(s[0] / s[1]) if s[1] else 0.0, "mean_abs": s[2] / s[3] if s[3] else 0.0}
+
+        out = {}
+        for row in sorted(self.rows):
+            whole = [sum(column) for column in zip(*self.rows[row].values(), strict=True)]
+            kinds = {kind: figures(s) for kind, s in sorted(self.rows[row].items())}
+            out[row] = {**figures(whole), "energy": whole[0] / total if total else 0.0, "kinds": kinds}
+        return out
+
+
 def layer_change(base: Weights, now: Weights) -> dict[str, dict]:
-    """The table of `change_and_distance`."""
-    return change_and_distance(base, now)[0]
-
-
-def change_and_distance(base: Weights, now: Weights) -> tuple[dict[str, dict], float]:
-    """{row: {relative, mean_abs, energy, kinds: {kind: {relative, mean_abs}}}}, and `relative_distance`.
+    """{row: {relative, mean_abs, energy, kinds: {kind: {relative, mean_abs}}}}.
 
     relative = ||now - base||_F / ||base||_F over the row's weights; mean_abs = mean |now - base|; energy = the row's
     share of the squared change of the whole model. Raises PolicyError where tensors differ in name or shape, and
     AnalysisError, naming the tensor, where a weight is not finite.
     """
     check_same_tensors(base, now, "the base", "the model")
-    sums: dict[str, dict[str, list[float]]] = {}
-    for name in sorted(base):
-        row, kind = place_of(name)
-        at = sums.setdefault(row, {}).setdefault(kind, [0.0, 0.0, 0.0, 0])
-        for a, b in _pieces(name, base, now):
-            d = b - a
-            part = [float(d @ d), float(a @ a), float(d.abs().sum()), a.numel()]
-            if not math.isfinite(part[0] + part[1]):
-                raise AnalysisError(f"{name}: has weights that are not finite, so that no change can be given")
-            at[:] = [x + y for x, y in zip(at, part, strict=True)]
-    total, size = (sum(s[i] for kinds in sums.values() for s in kinds.values()) for i in (0, 1))
 
-    def figures(s: Sequence[float]) -> dict[str, float]:
-        return {"relative": math.sqrt(s[0] / s[1]) if s[1] else 0.0, "mean_abs": s[2] / s[3] if s[3] else 0.0}
+    def of(name: str) -> list[float]:
+        return _added(4, (_parts(b - a, a) for a, b in _pieces(name, base, now)))
 
-    out = {}
-    for row in sorted(sums):
-        whole = [sum(column) for column in zip(*sums[row].values(), strict=True)]
-        kinds = {kind: figures(s) for kind, s in sorted(sums[row].items())}
-        out[row] = {**figures(whole), "energy": whole[0] / total if total else 0.0, "kinds": kinds}
-    return out, math.sqrt(total / size) if size else 0.0
+    sums, names = _Sums(), sorted(base)
+    for name, parts in zip(names, _each(of, names), strict=True):
+        sums.add(name, parts)
+    return sums.table()
+
+
+@dataclass(frozen=True)
+class Changes:
+    """A round's change, before and after its merge.
+
+    `tuned` and `merged` are their models' tables of `layer_change`. `left` is {row: {ratio, share}}: the mean over the
+    row's weights of the ratio that was asked for, and the part of the tuned model's difference to the anchor that the
+    merged model has, <merged - anchor, tuned - anchor> / |tuned - anchor|^2 (None where they do not differ); the two
+    agree for linear merges, other rules have shares of their own. `drift` is ||merged - base|| / ||base|| over all
+    tensors, `anchor_distance` the same from the anchor.
+    """
+
+    tuned: dict[str, dict]
+    merged: dict[str, dict]
+    left: dict[str, dict[str, float | None]]
+    drift: float
+    anchor_distance: float
+
+
+def changes(base: Weights, anchor: Weights, tuned: Weights, merged: Weights, ratios: Mapping[str, float]) -> Changes:
+    """Figures of a merge with these ratios by tensor; each tensor is read once. Raises as `layer_change`."""
+    for other, called in ((anchor, "the anchor"), (tuned, "the tuned model"), (merged, "the merged model")):
+        check_same_tensors(base, other, "the base", called)
+
+    def of(name: str) -> list[float]:
+        def parts() -> Iterator[list[float]]:
+            for a, c, t, m in _pieces(name, base, anchor, tuned, merged):
+                before, after = t - a, m - a
+                own, far = (before, after) if c is a else (t - c, m - c)
+                drift = _parts(after, a)
+                away = drift if c is a else _parts(far, c)
+                yield [*_parts(before, a), *drift, *away, float(own @ far), float(own @ own)]
+
+        return _added(14, parts())
+
+    sums, names = [_Sums(), _Sums(), _Sums()], sorted(base)
+    left: dict[str, list[float]] = {}  # ratios, weights, along, whole
+    for name, parts in zip(names, _each(of, names), strict=True):
+        for i, one in enumerate(sums):
+            one.add(name, parts[4 * i : 4 * i + 4])
+        at = left.setdefault(place_of(name)[0], [0.0] * 4)
+        at[:] = [x + y for x, y in zip(at, [ratios[name] * parts[3], parts[3], *parts[12:]], strict=True)]
+    shares = {
+        row: {"ratio": asked / n if n else None, "share": along / whole if whole else None}
+        for row, (asked, n, along, whole) in sorted(left.items())
+    }
+    before, after, away = sums
+    return Changes(before.table(), after.table(), shares, after.distance(), away.distance())
+
+
+def _parts(d: Tensor, a: Tensor) -> list[float]:
+    """What `_Sums` adds up, of a piece of the change and of the model."""
+    return [float(d @ d), float(a @ a), float(d.abs().sum()), a.numel()]
+
+
+def _added(n: int, rows: Iterable[Sequence[float]]) -> list[float]:
+    """The sums of n columns."""
+    return [sum(column) for column in zip(*rows, strict=True)] or [0.0] * n
 
 
 def update_of(start: Weights, tuned: Weights) -> dict[str, Tensor]:
@@ -84,25 +159,30 @@ def update_figures(
     have none. What is not defined (an update of zero, no earlier round) is None; without an earlier round `update` is
     not read. Ranks are computed on `device`.
     """
-    rows: dict[str, list[float]] = {}  # u.v, u.u, v.v, equal signs, both nonzero, rank, full rank
-    wanted = [name for name in sorted(start) if ranks and _has_rank(start, name)]
-    found = dict(zip(wanted, _each(lambda name: _ranks(start, tuned, name, device), wanted, device), strict=True))
-    for name in sorted(start):
-        row, _ = place_of(name)
-        at = rows.setdefault(row, [0.0] * 7)
-        for rank, full in found.get(name, ()):
-            at[5], at[6] = at[5] + rank, at[6] + full
-        for u, v in _pieces(name, update, earlier) if update is not None and earlier is not None else ():
-            signs = torch.sign(u) * torch.sign(v)
-            part = [float(u @ v), float(u @ u), float(v @ v), int((signs > 0).sum()), int(signs.count_nonzero())]
-            at[:5] = [x + y for x, y in zip(at, part, strict=False)]
+    both = () if update is None or earlier is None else (update, earlier)
+
+    def of(name: str) -> list[float]:
+        """u.v, u.u, v.v, equal signs, both nonzero, rank, full rank"""
+
+        def parts() -> Iterator[list[float]]:
+            for u, v in _pieces(name, *both) if both else ():
+                signs = torch.sign(u) * torch.sign(v)
+                yield [float(u @ v), float(u @ u), float(v @ v), int((signs > 0).sum()), int(signs.count_nonzero())]
+
+        found = _ranks(start, tuned, name, device) if ranks and _has_rank(start, name) else []
+        return _added(5, parts()) + _added(2, found)
+
+    rows: dict[str, list[float]] = {}
+    for name, added in zip(names := sorted(start), _each(of, names, device), strict=True):
+        at = rows.setdefault(place_of(name)[0], [0.0] * 7)
+        at[:] = [x + y for x, y in zip(at, added, strict=True)]
     return {
         row: {
             "cosine": uv / math.sqrt(uu * vv) if uu and vv else None,
-            "sign_agreement": equal / both if both else None,
+            "sign_agreement": equal / changed if changed else None,
             "effective_rank": rank / full if full else None,
         }
-        for row, (uv, uu, vv, equal, both, rank, full) in sorted(rows.items())
+        for row, (uv, uu, vv, equal, changed, rank, full) in sorted(rows.items())
     }
 
 
@@ -119,7 +199,7 @@ def _ranks(start: Weights, tuned: Weights, name: str, device: str) -> list[tuple
     return [(rank, min(m.shape)) for m in matrices if (rank := effective_rank(m)) is not None]
 
 
-def _each(of: Callable[[str], T], names: Sequence[str], device: str) -> list[T]:
+def _each(of: Callable[[str], T], names: Sequence[str], device: str = "cpu") -> list[T]:
     """of(name) of all names: on a CPU as many at a time as torch has threads, each with one of them, which is faster
     than all threads at one matrix after another."""
     threads = torch.get_num_threads() if device == "cpu" else 1
@@ -127,25 +207,6 @@ def _each(of: Callable[[str], T], names: Sequence[str], device: str) -> list[T]:
         return [of(name) for name in names]
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return list(pool.map(of, names))
-
-
-def merge_shares(
-    anchor: Weights, tuned: Weights, merged: Weights, ratios: Mapping[str, float]
-) -> dict[str, dict[str, float | None]]:
-    """{row: {ratio, share}}: the mean over its weights of the ratio that was asked for, and the part of the tuned
-    model's difference to the anchor that the merged model has, <merged - anchor, tuned - anchor> / |tuned - anchor|^2
-    (None where they do not differ). The two agree for linear merges; other rules have shares of their own."""
-    rows: dict[str, list[float]] = {}
-    for name in sorted(merged):
-        at = rows.setdefault(place_of(name)[0], [0.0] * 4)
-        for a, t, m in _pieces(name, anchor, tuned, merged):
-            d = t - a
-            part = [ratios[name] * a.numel(), a.numel(), float(d @ (m - a)), float(d @ d)]
-            at[:] = [x + y for x, y in zip(at, part, strict=True)]
-    return {
-        row: {"ratio": asked / n if n else None, "share": along / full if full else None}
-        for row, (asked, n, along, full) in sorted(rows.items())
-    }
 
 
 def ranks_are_cheap(weights: Weights, device: str) -> bool:
@@ -157,26 +218,30 @@ def ranks_are_cheap(weights: Weights, device: str) -> bool:
 def effective_rank(matrix: Tensor) -> float | None:
     """exp(-sum p log p), p the singular values of a float64 matrix over their sum; None for a matrix of zeros."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    values = torch.linalg.eigvalsh(wide @ wide.T).clamp(min=0).sqrt()  # much cheaper than singular values, as good here
+    values = torch.linalg.eigvalsh(_gram(wide)).clamp(min=0).sqrt()  # much cheaper than singular values, as good here
     if not float(values.sum()):
         return None
     p = values / values.sum()
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
 
 
-def relative_distance(a: Weights, b: Weights) -> float:
-    """||b - a|| / ||a|| over all tensors."""
-    far = near = 0.0
-    for name in sorted(a):
-        for x, y in _pieces(name, a, b):
-            d = y - x
-            far, near = far + float(d @ d), near + float(x @ x)
-    return math.sqrt(far / near)
+def _gram(matrix: Tensor, step: int = 96) -> Tensor:
+    """The lower half of matrix @ matrix.T, which is all that `eigvalsh` reads; above it are zeros."""
+    n = matrix.shape[0]
+    out = matrix.new_zeros(n, n)
+    for at in range(0, n, step):
+        rows = slice(at, min(at + step, n))
+        torch.mm(matrix[rows], matrix[: rows.stop].T, out=out[rows, : rows.stop])
+    return out
 
 
 def _pieces(name: str, *models: Weights) -> Iterator[tuple[Tensor, ...]]:
-    """The same pieces of one tensor of several models, flat, in float64 on the CPU: some of its rows at a time."""
-    return zip(*(_rows(model, name) for model in models), strict=True)
+    """The same pieces of one tensor of several models, flat, in float64 on the CPU: some of its rows at a time. Where a
+    model comes twice, its pieces are the same objects."""
+    own = list({id(model): model for model in models}.values())
+    place = [next(i for i, other in enumerate(own) if other is model) for model in models]
+    for pieces in zip(*(_rows(model, name) for model in own), strict=True):
+        yield tuple(pieces[i] for i in place)
 
 
 def _rows(model: Weights, name: str) -> Iterator[Tensor]:
