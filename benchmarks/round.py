@@ -369,7 +369,7 @@ def watch_rest(clock: Clock) -> None:
         ("set-up of the stages", bench, "__init__"), ("fit: Lightning, batches", sft, "fit"),
         ("store: keys, manifests", store.Store, "stage"), ("merge", merging.Merge, "all"),
         ("layers: update", change, "update_of"), ("layers: update", change, "update_figures"),
-        ("layers: change", change, "changes"), ("writing weights", stages, "save_file"),
+        ("layers: change", change, "changes"), ("writing weights", weights, "save_tensors"),
         ("importance: not passes", bench, "importance"), ("importance: not passes", importance, "importance"),
         ("forward", importance, "_losses"),  # as in a fit
         ("probe: not passes", bench, "probe"), ("probe: not passes", diversity, "text_entropy"),
@@ -450,14 +450,18 @@ def share(words: Sequence[str]) -> dict[str, Any]:
     seconds, calls = made["seconds"], made["calls"]
     seconds["end of Python"] = whole - sum(seconds.values())
     rest = whole - sum(seconds[name] for name in COMPUTE if name in seconds)
+    first, last = (made["rounds"][t] for t in (min(made["rounds"], key=int), max(made["rounds"], key=int)))
+    between = {name: last[name] - first.get(name, 0.0) for name in last}
     rows = []
     for what, taken in sorted(seconds.items(), key=lambda row: (row[0] not in COMPUTE, -row[1])):
         row = {"what": what, "seconds": round(taken, 2), "share": f"{100 * taken / whole:.1f}%"}
-        rows.append(row | {"calls": calls.get(what, 1)})
-        print(f"{what:28s} {taken:8.2f} s {100 * taken / whole:6.1f}%  {calls.get(what, 1):8d} calls")
+        row |= {"of the rounds": round(between.get(what, 0.0), 2), "calls": calls.get(what, 1)}
+        rows.append(row)
+        print(
+            f"{what:28s} {taken:8.2f} s {100 * taken / whole:6.1f}%  {row['of the rounds']:8.2f} s in rounds "
+            f"{row['calls']:8d} calls"
+        )
     own = seconds.get(DECODE, 0.0)
-    first, last = (made["rounds"][t] for t in (min(made["rounds"], key=int), max(made["rounds"], key=int)))
-    between = {name: last[name] - first.get(name, 0.0) for name in last}
     alone = sum(between.values())
     beside = alone - sum(between[name] for name in COMPUTE if name in between)
     print(
@@ -470,7 +474,7 @@ def share(words: Sequence[str]) -> dict[str, Any]:
     )  # fmt: skip
     for what, taken, of in (("whole run", rest, whole), ("rounds alone", beside, alone)):
         row = {"what": f"not compute, {what}", "seconds": round(taken, 2), "share": f"{100 * taken / of:.1f}%"}
-        rows.append(row | {"calls": 1})
+        rows.append(row | {"of the rounds": round(beside, 2), "calls": 1})
     print(f"share {rest / whole:.3f} (target at most {SHARE_TARGET})", flush=True)
     return {"name": "share", "rows": rows, "ratio": rest / whole}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -19,7 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from itermerge.decoding import complete
 from itermerge.policy import Policy, copy_in
-from itermerge.weights import PolicyError, check_same_tensors, digest_weights, read_weights, resolve, write_folder
+from itermerge.weights import (
+    PolicyError,
+    check_same_tensors,
+    digest_weights,
+    read_weights,
+    resolve,
+    save_tensors,
+    write_folder,
+)
 
 PROMPTS = ["add 34+18?", "sum 34+18-15+27?", "sort qhcae?", "count a abcabcabca?", "find 10+?=44?"]
 HOW: dict[str, Any] = {"max_new_tokens": 24}
@@ -38,6 +47,18 @@ def test_digest_is_of_content_not_of_order_or_storage() -> None:
         {"x": a["x"], "z": a["y"]}, {"x": a["x"]}, {"x": torch.tensor([2.5, 1.0]), "y": a["y"]},
     )  # fmt: skip
     assert len({same, *map(digest_weights, others)}) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_are_written_and_hashed_as_safetensors_writes_them(dtype: torch.dtype, tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"b": (3, 5), "a.weight": (7,), 'ü"': (2, 1, 3), "scalar": (), "nothing": (0, 4), "large": (700, 1001)}
+    tensors = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    tensors["turned"] = tensors["b"].T
+    sha = save_tensors(tmp_path / "ours", tensors, dtype)
+    save_file({n: w.to(dtype).contiguous() for n, w in tensors.items()}, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert sha == hashlib.sha256((tmp_path / "ours").read_bytes()).hexdigest()
 
 
 def test_written_folder_has_the_same_bytes_each_time_and_loads_with_equal_logits(

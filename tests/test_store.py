@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from itermerge import store, weights
-from itermerge.store import Artifact, Store, StoreError, place
+from itermerge.store import Artifact, Store, StoreError, file_digest, place
 
 ENVIRONMENT = {"torch": "2.0", "threads": 1}
 INPUTS = {"model": "abc", "how": {"n": 4, "dtype": "float32"}, "seed": 7}
@@ -212,21 +212,49 @@ def test_a_full_disk_is_said(code: int, tmp_path: Path) -> None:
     assert _files(tmp_path) == []
 
 
-def test_a_disk_that_fills_while_weights_are_written_is_said(
-    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("by", ["us", "safetensors"])
+def test_a_disk_that_fills_while_weights_are_written_is_said(by: str, tmp_path: Path) -> None:
     """safetensors reports it by an error of its own, which is no OSError (seen on a full tmpfs)."""
 
-    def full(*_: object, **__: object) -> None:
-        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
     def writes(folder: Path) -> Mapping[str, Any]:
-        weights.write_folder(folder, {"w": torch.zeros(1)}, tiny_folder)
+        if by == "safetensors":
+            said = "Error while serializing: I/O error: No space left on device (os error 28)"
+            raise safetensors.SafetensorError(said)
+        weights.save_tensors(Path("/dev/full"), {"w": torch.zeros(1)}, torch.float32)
         return {}
 
-    monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(StoreError, match="the disk is full"):
         _stage(Store(tmp_path, ENVIRONMENT), writes)
+
+
+def test_a_file_that_was_hashed_while_it_was_written_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, read = Store(tmp_path, ENVIRONMENT), list[str]()
+    monkeypatch.setattr(store, "file_digest", lambda path: read.append(path.name) or file_digest(path))
+
+    def writes(folder: Path) -> Mapping[str, Any]:
+        at.written(folder / "w", weights.save_tensors(folder / "w", {"w": torch.arange(9.0)}, torch.float32))
+        (folder / "more.json").write_text("{}")
+        if fails:
+            raise ValueError("later")
+        return {}
+
+    def also(folder: Path) -> Mapping[str, Any]:
+        (folder / "w").write_text("other bytes")
+        return {}
+
+    fails = True
+    with pytest.raises(ValueError, match="later"):
+        _stage(at, writes)
+    made = _stage(at, also)  # nothing is left of what a stage that failed had told
+    assert made.files == {"w": file_digest(made.folder / "w")}
+    fails = False
+    read.clear()
+    made = at.stage("s", {"seed": 2}, writes, modules=("store.py",))
+    assert read[0] == "more.json"
+    assert "w" not in read
+    assert made.files["w"] == file_digest(made.folder / "w")
 
 
 def test_other_errors_of_the_system_are_not_called_a_full_disk(tmp_path: Path) -> None:

@@ -38,11 +38,13 @@ from .rules import method_of, source_of
 from .store import StoreError, is_disk_full, lock_file, source_digest
 from .tracking import console, progress
 from .weights import (
+    DTYPES,
     WEIGHT_FILES,
     WEIGHTS_FILE,
     Checkpoint,
     PolicyError,
     comparable,
+    header_of,
     is_vocabulary,
     place_of,
     resolve,
@@ -53,12 +55,6 @@ JOURNAL = "journal.jsonl"
 SYNC = 1 << 28  # bytes written between two entries of the journal, which a kill costs at most
 SAMPLE = 1 << 22  # weights that a plan measures the time of
 TEMPLATES = "additional_chat_templates"  # the one folder that belongs to a tokenizer
-# The dtypes that can be merged (whole numbers: if they are equal), as safetensors calls them.
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 log = logging.getLogger(__name__)
 
 
@@ -274,20 +270,13 @@ def in_shards(slots: Sequence[Slot], limit: Any) -> list[Slot]:
 
 
 def lay_out(slots: Sequence[Slot]) -> tuple[list[Slot], dict[str, bytes]]:
-    """(slots with their places, {file: header}): the widest dtypes first, so that each tensor is aligned."""
+    """(slots with their places, {file: header})."""
     placed: list[Slot] = []
     headers: dict[str, bytes] = {}
     for file in sorted({slot.file for slot in slots}):
-        mine = sorted((s for s in slots if s.file == file), key=lambda s: (-s.dtype.itemsize, s.stored))
-        begins = [sum(s.size for s in mine[:i]) for i in range(len(mine))]
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        for slot, begin in zip(mine, begins, strict=True):
-            offsets = [begin, begin + slot.size]
-            header[slot.stored] = {"dtype": CODES[slot.dtype], "shape": list(slot.shape), "data_offsets": offsets}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        headers[file] = len(text).to_bytes(8, "little") + text
-        placed += [replace(s, begin=len(headers[file]) + begin) for s, begin in zip(mine, begins, strict=True)]
+        mine = {slot.stored: slot for slot in slots if slot.file == file}
+        headers[file], begins = header_of({name: (slot.dtype, slot.shape) for name, slot in mine.items()})
+        placed += [replace(mine[name], begin=begin) for name, begin in begins.items()]
     return placed, headers
 
 

@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from . import evaluation, merging, vllm
@@ -76,6 +75,7 @@ from .weights import (
     place_of,
     read_weights,
     resolve,
+    save_tensors,
     write_folder,
 )
 
@@ -791,7 +791,7 @@ class Bench:
             policy, rows, spec, seed=seed, callbacks=callbacks, scratch=self.scratch,
             base=self.base_weights if towards else None, on_progress=tick, score=score if stop_on else None,
         )  # fmt: skip
-        write_folder(folder, policy.weights(), self.base.folder)
+        self._write(folder, policy.weights())
         self.loaded = self._digest(policy.weights())
         return fitted, self.loaded
 
@@ -849,7 +849,7 @@ class Bench:
 
         def compute(folder: Path) -> Mapping[str, Any]:
             merged = self._last_event(tuned, now, ratio).all()
-            write_folder(folder, merged, self.base.folder)
+            self._write(folder, merged)
             return {"digest": self._digest(merged)}
 
         inputs = {"tuned": tuned.digest, "ratio": _compact(ratio), **self._merge_key(now)}
@@ -1060,7 +1060,8 @@ class Bench:
             before, after = self._stream(start), self._stream(tuned)
             update = change.update_of(before, after)
             other = self.with_weights(earlier, Checkpoint) if earlier else None
-            save_file(update, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            file = folder / WEIGHTS_FILE
+            self.store.written(file, save_tensors(file, update, torch.bfloat16))
             figures = change.update_figures(before, after, update, other, ranks=ranks, device=self.device)
             return {"rows": figures}
 
@@ -1092,6 +1093,10 @@ class Bench:
         return self.store.stage("analyze", inputs, compute, modules=("analysis/change.py", "weights.py", "stages.py"))
 
     # --- weights on disk --------------------------------------------------------------------------------------------
+
+    def _write(self, folder: Path, weights: Weights) -> None:
+        """Weights into a stage's folder."""
+        self.store.written(folder / WEIGHTS_FILE, write_folder(folder, weights, self.base.folder))
 
     def place_model(self, model: Model, target: Path) -> None:
         """Puts a model's files into a run folder."""

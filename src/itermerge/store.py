@@ -79,6 +79,7 @@ class Store:
 
     def __init__(self, root: Path, environment: Mapping[str, Any], keep: str = "all") -> None:
         self.root, self.environment, self.keep, self.tally = Path(root), dict(environment), keep, Tally()
+        self._written: dict[Path, str] = {}
         self.run, self._inside = "", 0.0  # seconds in stages so far, those of a stage inside another with the outer
         try:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -145,6 +146,10 @@ class Store:
         self._inside = before + took
         return got
 
+    def written(self, file: Path, sha256: str) -> None:
+        """Tells the digest of a file that a stage's function has put into its folder, so that it is not read again."""
+        self._written[file] = sha256
+
     def _mark_used(self, artifact: Artifact) -> bool:
         """Notes the use, for `prune` and `drop_weights`; False when the artifact was taken away meanwhile."""
         try:
@@ -208,6 +213,7 @@ class Store:
                 ) from error
             raise
         finally:
+            self._written = {file: sha for file, sha in self._written.items() if work not in file.parents}
             shutil.rmtree(work, ignore_errors=True)
         journal.info("made %s %s in %.2f s", name, key[:16], seconds)
         return made, seconds
@@ -233,7 +239,7 @@ class Store:
         former: str | None,
     ) -> Artifact:  # fmt: skip
         files = sorted(str(f.relative_to(work)) for f in work.rglob("*") if f.is_file())
-        digests = {name: file_digest(work / name) for name in files}
+        digests = {name: self._written.pop(work / name, None) or file_digest(work / name) for name in files}
         made = Artifact(folder, key, facts, digests)
         if former not in (None, made.digest):
             raise StoreError(

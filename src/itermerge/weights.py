@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 Weights = Mapping[str, Tensor]
@@ -23,6 +24,12 @@ WEIGHT_FILES = (
     ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
 )  # fmt: skip
 _NOT_COPIED = (*WEIGHT_FILES, ".md", ".gitattributes", "recipe.json", "mergekit.yaml")
+# The dtypes of tensors, as safetensors calls them.
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Masks and frequencies that checkpoints of older models hold beside their weights.
 _BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 
@@ -245,13 +252,48 @@ def digest_weights(weights: Weights) -> str:
     return sha.hexdigest()
 
 
-def write_folder(folder: Path, weights: Weights, like: Path, dtype: torch.dtype = torch.float32) -> None:
-    """A Hugging Face folder in one dtype: `weights` as safetensors, the other files of `like` byte for byte (not its
-    card and recipe, which describe other weights).
+def header_of(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """The first bytes of a safetensors file of tensors with these dtypes and shapes, and where each tensor begins: the
+    widest dtypes first, so that all are aligned, then by name. Its metadata is exactly {format: pt}, since several keys
+    would come out in a different order in each process."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begins, at = {}, 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
+        dtype, shape = tensors[name]
+        begins[name], end = at, at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
 
-    Deterministic bytes: the metadata is exactly {format: pt}, since several keys come out in a different order in each
-    process.
-    """
+
+def save_tensors(file: Path, weights: Weights, dtype: torch.dtype) -> str:
+    """A safetensors file of all of them in one dtype, byte for byte that of `safetensors.torch.save_file`; its sha256,
+    computed while it is written."""
+    header, begins = header_of({name: (dtype, tuple(w.shape)) for name, w in weights.items()})
+    sha = hashlib.sha256()
+    with file.open("wb", buffering=0) as out, ThreadPoolExecutor(1) as pool:
+        hashed = pool.submit(sha.update, header)
+        _write(out, header)
+        for name in begins:
+            data = weights[name].detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
+            hashed.result()  # no more than two tensors wait
+            hashed = pool.submit(sha.update, data)
+            _write(out, data)
+        hashed.result()
+    return sha.hexdigest()
+
+
+def _write(out: RawIOBase, data: bytes | memoryview) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[out.write(left) or 0 :]
+
+
+def write_folder(folder: Path, weights: Weights, like: Path, dtype: torch.dtype = torch.float32) -> str:
+    """A Hugging Face folder in one dtype: `weights` as safetensors, the other files of `like` byte for byte (not its
+    card and recipe, which describe other weights). The sha256 of the weights' file."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(like.iterdir()):
         if file.is_file() and not file.name.endswith(_NOT_COPIED) and not file.name.startswith("."):
@@ -260,9 +302,7 @@ def write_folder(folder: Path, weights: Weights, like: Path, dtype: torch.dtype 
     config.pop("torch_dtype", None)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    tensors = {k: weights[k].detach().to("cpu", dtype).contiguous() for k in sorted(weights)}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / WEIGHTS_FILE).chmod(0o644)  # safetensors makes it readable by its owner alone
+    return save_tensors(folder / WEIGHTS_FILE, weights, dtype)
 
 
 def mean_of(models: Sequence[Weights]) -> Weights:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..sft import IGNORED, Example, collate, shared_columns
 from . import ESTIMATORS
@@ -60,10 +61,15 @@ def importance(
                         out[name][rows] = values
                 on_progress(len(rows))
         if "taylor" in estimators:
-            for i in order:
-                batch = {k: v.to(_device(model)) for k, v in collate([examples[i]], pad_id).items()}
-                out["taylor"][i] = _taylor(model, blocks, batch)
-                on_progress(1)
+            with _gradients(model, blocks) as sums:
+                for i in order:
+                    batch = {k: v.to(_device(model)) for k, v in collate([examples[i]], pad_id).items()}
+                    labels = batch["labels"]
+                    columns = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
+                    sums[:] = 0
+                    _losses(_logits(model, batch["input_ids"], columns), labels[:, columns + 1]).sum().backward()
+                    out["taylor"][i] = sums
+                    on_progress(1)
     finally:
         model.train(was_training)
     for name, values in out.items():
@@ -170,8 +176,7 @@ def _walk(model: Any, blocks: list[nn.Module], head: _Calls | None, tail: _Calls
             if head is not None:
                 first = _call(blocks[i], first, head.arguments[i], cache)
                 assert cache is not None
-                layer: Any = cache.layers[i]
-                layer.batch_repeat_interleave(rows)
+                _repeat(cache.layers[i], rows)
             rest = _call(blocks[i], rest, tail.arguments[i], cache)
             if cache is not None:
                 cache.layers[i].reset()
@@ -181,6 +186,15 @@ def _walk(model: Any, blocks: list[nn.Module], head: _Calls | None, tail: _Calls
         yield run(before, i + 1, len(blocks))[1]
         before = run(before, i, i + 1)
     yield before[1]
+
+
+def _repeat(layer: Any, rows: int) -> None:
+    """One row's keys and values for so many rows: as a view, where the layer does no more with it than to put others
+    behind it."""
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.get_seq_length():
+        layer.keys, layer.values = (t.expand(rows, *t.shape[1:]) for t in (layer.keys, layer.values))
+    else:
+        layer.batch_repeat_interleave(rows)
 
 
 def _call(block: nn.Module, hidden: Any, arguments: tuple[tuple[Any, ...], dict[str, Any]], cache: Any) -> Tensor:
@@ -268,10 +282,9 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 # --- gradients -----------------------------------------------------------------------------------------------------
 
 
-def _taylor(model: Any, blocks: list[nn.Module], batch: Mapping[str, Tensor]) -> np.ndarray:
-    """Sum of |gradient x weight| over each block, of one example's loss."""
-    labels = batch["labels"]
-    columns = (labels[0, 1:] != IGNORED).nonzero()[:, 0]
+@contextmanager
+def _gradients(model: Any, blocks: list[nn.Module]) -> Iterator[np.ndarray]:
+    """What each backward pass within adds to: the sum of |gradient x weight| over each block."""
     layers: dict[int, list[int]] = {}  # of each weight; blocks may share some
     for layer, block in enumerate(blocks):
         for p in block.parameters():
@@ -291,12 +304,11 @@ def _taylor(model: Any, blocks: list[nn.Module], batch: Mapping[str, Tensor]) ->
                 p.requires_grad_(id(p) in layers)  # no gradients of embeddings and head
                 if id(p) in layers:
                     stack.callback(p.register_post_accumulate_grad_hook(add).remove)
-            _losses(_logits(model, batch["input_ids"], columns), labels[:, columns + 1]).sum().backward()
+            yield sums
         finally:
             for p, flag, gradient in before:
                 p.requires_grad_(flag)
                 p.grad = gradient
-    return sums
 
 
 def _device(model: Any) -> torch.device:
