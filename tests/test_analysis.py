@@ -200,6 +200,11 @@ def test_a_weight_that_is_not_finite_is_named() -> None:
     now["model.norm.weight"][0] = float("nan")
     with pytest.raises(AnalysisError, match=r"model\.norm\.weight: has weights that are not finite"):
         layer_change(BASE, now)
+    for value in (float("nan"), float("inf")):
+        now = {name: w.clone() for name, w in BASE.items()}
+        now[Q][0, 0] = value
+        with pytest.raises(AnalysisError, match=r"0\.self_attn\.q_proj\.weight: .*so that no rank can be given"):
+            update_figures(BASE, now, None)
 
 
 # --- checkpoints on disk -------------------------------------------------------------------------------------------

@@ -192,11 +192,14 @@ def _has_rank(weights: Weights, name: str) -> bool:
 
 def _ranks(start: Weights, tuned: Weights, name: str, device: str) -> list[tuple[float, int]]:
     """(effective rank, full rank) of each matrix of a tensor's update that is not zero."""
-    exact = tuned[name].to(device, torch.float64) - start[name].to(device, torch.float64)
-    if not torch.isfinite(exact).all():
-        raise AnalysisError(f"{name}: has weights that are not finite, so that no rank can be given")
-    matrices = exact.reshape(-1, *exact.shape[-2:])
-    return [(rank, min(m.shape)) for m in matrices if (rank := effective_rank(m)) is not None]
+    exact = tuned[name].to(device, torch.float64, copy=True).sub_(start[name].to(device))
+    found = []
+    for matrix in exact.reshape(-1, *exact.shape[-2:]):
+        rank = effective_rank(matrix)
+        if rank is not None and math.isnan(rank):
+            raise AnalysisError(f"{name}: has weights that are not finite, so that no rank can be given")
+        found += [] if rank is None else [(rank, min(matrix.shape))]
+    return found
 
 
 def _each(of: Callable[[str], T], names: Sequence[str], device: str = "cpu") -> list[T]:
@@ -216,9 +219,12 @@ def ranks_are_cheap(weights: Weights, device: str) -> bool:
 
 
 def effective_rank(matrix: Tensor) -> float | None:
-    """exp(-sum p log p), p the singular values of a float64 matrix over their sum; None for a matrix of zeros."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    values = torch.linalg.eigvalsh(_gram(wide)).clamp(min=0).sqrt()  # much cheaper than singular values, as good here
+    """exp(-sum p log p), p the singular values of a float64 matrix over their sum; None for a matrix of zeros, NaN for
+    one with values that are not finite."""
+    gram = _gram(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T)
+    if not math.isfinite(float(gram.diagonal().sum())):
+        return math.nan
+    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # much cheaper than singular values, as good here
     if not float(values.sum()):
         return None
     p = values / values.sum()

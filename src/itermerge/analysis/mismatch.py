@@ -28,7 +28,11 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation along the last axis; NaN where one of them is constant or has one value."""
-    a, b = (r - r.mean(-1, keepdims=True) for r in (ranks(np.asarray(x, float)), ranks(np.asarray(y, float))))
+    return _correlation(ranks(np.asarray(x, float)), ranks(np.asarray(y, float)))
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    a, b = (r - r.mean(-1, keepdims=True) for r in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
         return (a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
 
@@ -90,9 +94,10 @@ def mismatch(values: Mapping[str, np.ndarray], layers: Mapping[str, Any], share:
     out: dict[str, float] = {"top_k": k}
     for name, examples in values.items():
         mean, drawn = examples.mean(0), resampled_means(examples)
+        ranked = ranks(drawn)
         figures = {
-            "spearman": (float(spearman(mean, change)), spearman(drawn, change)),
-            "spearman_squared": (float(spearman(mean, energy)), spearman(drawn, energy)),
+            "spearman": (float(spearman(mean, change)), _correlation(ranked, ranks(change))),
+            "spearman_squared": (float(spearman(mean, energy)), _correlation(ranked, ranks(energy))),
             "top_share": (float(top_share(mean, energy, k)), top_share(drawn, energy, k)),
         }
         for what, (value, resampled) in figures.items():
