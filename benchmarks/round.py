@@ -1,7 +1,7 @@
 """One whole round of IMM on SmolLM2-135M: ours, and the same assembled from transformers' `generate`, TRL and mergekit.
 
     python benchmarks/round.py [--repeats 2] [--json]    about 12 minutes a repeat on two cores; needs `make smollm2`
-    python benchmarks/round.py --share                   what of our run, and of the round alone, is neither forward,
+    python benchmarks/round.py --share                   what of our round, and of the whole run, is neither forward,
                                                          backward, optimizer nor decode
     python benchmarks/round.py --sizes 16 32 64 128      the peer's `generate` on some items, to choose its batch size
 
@@ -436,7 +436,8 @@ def inside(out: Path, began: float, words: Sequence[str]) -> None:
 
 
 def share(words: Sequence[str]) -> dict[str, Any]:
-    """Prints where a run's wall time goes; its rows and the share."""
+    """Prints where a run's wall time goes; its rows, and as `ratio` the share of the rounds: from the base's figures to
+    those of the last round, so without start, the base's evaluation and the report."""
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         began = time.perf_counter()
@@ -465,18 +466,18 @@ def share(words: Sequence[str]) -> dict[str, Any]:
     alone = sum(between.values())
     beside = alone - sum(between[name] for name in COMPUTE if name in between)
     print(
-        f"rounds alone, without start, the base's figures and the report: {alone:.1f} s, of which {beside:.1f} s, "
+        f"rounds, without start, the base's figures and the report: {alone:.1f} s, of which {beside:.1f} s, "
         f"{100 * beside / alone:.1f}%", flush=True,
     )  # fmt: skip
     print(
         f"whole run {whole:.1f} s, of which not forward, backward, optimizer or decode {rest:.1f} s, "
         f"{100 * rest / whole:.1f}%; with what Python does in decoding {100 * (rest + own) / whole:.1f}%", flush=True,
     )  # fmt: skip
-    for what, taken, of in (("whole run", rest, whole), ("rounds alone", beside, alone)):
+    for what, taken, of in (("whole run", rest, whole), ("rounds", beside, alone)):
         row = {"what": f"not compute, {what}", "seconds": round(taken, 2), "share": f"{100 * taken / of:.1f}%"}
         rows.append(row | {"of the rounds": round(beside, 2), "calls": 1})
-    print(f"share {rest / whole:.3f} (target at most {SHARE_TARGET})", flush=True)
-    return {"name": "share", "rows": rows, "ratio": rest / whole}
+    print(f"share of the rounds {beside / alone:.3f} (target at most {SHARE_TARGET})", flush=True)
+    return {"name": "share", "rows": rows, "ratio": beside / alone}
 
 
 # --- both -----------------------------------------------------------------------------------------------------------

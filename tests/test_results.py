@@ -128,9 +128,11 @@ def test_the_readme_has_the_share_that_a_benchmark_wrote() -> None:
     root = Path(__file__).parents[1]
     written = (root / "benchmarks" / "RESULTS.md").read_text()
     (share,) = re.findall(r"(?m)^\| share \| ([\d.]+) \|", written)
-    rows = re.findall(r"(?m)^\| ([^|]+) \| ([\d.]+) \| [\d.]+% \|", written)
-    seconds = [float(taken) for what, taken in rows if not what.startswith("not compute")]
-    (alone,) = re.findall(r"(?m)^\| not compute, rounds alone \| [\d.]+ \| ([\d.]+%) \|", written)
+    rows = re.findall(r"(?m)^\| ([^|]+) \| ([\d.]+) \| ([\d.]+)% \| ([\d.]+) \|", written)
+    parts = [row for row in rows if not row[0].startswith("not compute")]
+    whole, rounds = (sum(float(row[at]) for row in parts) for at in (1, 3))
+    shares = {what: percent for what, _, percent, _ in rows if what.startswith("not compute")}
+    assert f"{100 * float(share):.1f}" == shares["not compute, rounds"]
     said = (root / "README.md").read_text().replace("\n", " ")
-    assert f"({sum(seconds):.0f} s) {100 * float(share):.0f}% is neither" in said
-    assert f"without start, the base's figures and the report, {alone}." in said
+    assert f"({rounds:.0f} s) {shares['not compute, rounds']}% is neither" in said
+    assert f"the report ({whole:.0f} s), {shares['not compute, whole run']}%." in said
