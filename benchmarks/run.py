@@ -72,7 +72,7 @@ BENCHMARKS = (
         ("round.py", "--repeats", "1", "--json"), "at most", 0.5, 12,
     ),
     Benchmark(
-        "share", "what of a SmolLM2 round's wall time is not forward, backward, optimizer or decode; beside it, of a run",
+        "share", "what of a SmolLM2 round's wall time is not forward, backward, optimizer or decode; below it, a run's",
         ("round.py", "--share", "--json"), "at most", 0.05, 3,
     ),
     Benchmark(
