@@ -1,6 +1,6 @@
 """Runs the benchmarks of this folder, each as a process of its own, and writes RESULTS.md beside this file.
 
-    make bench                                all of them: about 50 minutes on two cores with nothing else to do
+    make bench                                all of them: 35 to 50 minutes on two cores with nothing else to do
     make bench ARGS="--only sampling sft"     those whose names begin so
     make bench ARGS="--vllm ENV/bin/python"   vLLM as well, from an environment that has it
 

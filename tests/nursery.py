@@ -45,8 +45,14 @@ def ask(words: list[str]) -> None:
         for number in PASSED_ON:
             signal.signal(number, lambda number, _: os.kill(pid, number))
         status = int(answers.readline())
+    end(status)
+
+
+def end(status: int) -> None:
+    """-9: by signal 9."""
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+        if status != -signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
 
@@ -135,10 +141,7 @@ def begin(asked: dict[str, Any], streams: list[int], others: list[socket.socket]
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        if status < 0:
-            signal.signal(-status, signal.SIG_DFL)
-            os.kill(os.getpid(), -status)
-        os._exit(status)
+        end(status)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
