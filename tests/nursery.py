@@ -144,17 +144,22 @@ def begin(asked: dict[str, Any], streams: list[int], others: list[socket.socket]
         end(status)
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+def receive(connection: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """What was asked for, and its streams; None where who asked was killed meanwhile."""
     size, streams, _, _ = socket.recv_fds(connection, 8, 3)
     text = b""
     while len(text) < int.from_bytes(size, "big"):
-        text += connection.recv(1 << 16)
-    return json.loads(text), streams
+        more = connection.recv(1 << 16)
+        if not more:
+            return None, streams
+        text += more
+    return json.loads(text) if size else None, streams
 
 
 def serve(listener: socket.socket) -> None:
     """Until standard input ends."""
     import selectors
+    from contextlib import suppress
 
     ours, theirs = socket.socketpair()
     for end in (ours, theirs):
@@ -178,21 +183,23 @@ def serve(listener: socket.socket) -> None:
                         imported = True
                     connection = listener.accept()[0]
                     asked, streams = receive(connection)
-                    pid = begin(asked, streams, [listener, ours, theirs, connection, *running.values()])
+                    pid = begin(asked, streams, [listener, ours, theirs, connection, *running.values()]) if asked else 0
                     for stream in streams:
                         os.close(stream)
+                    if not pid:
+                        connection.close()
+                        continue
                     running[pid] = connection
-                    connection.sendall(f"{pid}\n".encode())
                     waiting.register(connection, selectors.EVENT_READ, pid)
+                    with suppress(OSError):  # killed meanwhile: it is to be read, and ends
+                        connection.sendall(f"{pid}\n".encode())
                 elif key.fileobj is ours:
                     ours.recv(1 << 12)
                     for pid, status in ended(list(running)):
                         connection = running.pop(pid)
-                        try:
+                        with suppress(KeyError, OSError):  # nobody listens any more
                             waiting.unregister(connection)
                             connection.sendall(f"{status}\n".encode())
-                        except (KeyError, OSError):  # nobody listens any more
-                            pass
                         connection.close()
                 elif key.data in running:  # the one that asked was killed
                     waiting.unregister(key.fileobj)

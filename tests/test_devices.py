@@ -275,7 +275,8 @@ def test_no_process_is_left_when_the_parent_is_killed(lively: Path, tmp_path: Pa
     code = (
         "import time\nfrom pathlib import Path\nfrom itermerge.devices import Group\n"
         f"group = Group(2, 'cpu', threads=1, scratch=Path({str(tmp_path)!r}))\n"
-        f"group.load(Path({str(lively)!r}), dtype='float32')\n"
+        f"decode = group.load(Path({str(lively)!r}), dtype='float32')\n"
+        "decode(['a', 'b'], keys=None, max_new_tokens=2, batch_size=2)\n"
         "print(*(c.process.pid for c in group.children), flush=True)\ntime.sleep(600)\n"
     )
     parent = subprocess.Popen([os.environ["NURSERY_PYTHON"], "-c", code], stdout=subprocess.PIPE, text=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,6 +66,15 @@ def test_signals_are_handed_on_and_a_kill_kills() -> None:
             return
         time.sleep(0.1)
     pytest.fail("the process outlived the one that was started")
+
+
+@pytest.mark.parametrize("sent", [b"", (100).to_bytes(8, "big") + b"half"])
+def test_who_dies_while_asking_takes_nobody_along(sent: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(os.environ["NURSERY"])
+        asking.sendall(sent)
+    done = subprocess.run([PYTHON, "-c", "print(7)"], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "7\n"
 
 
 def test_a_hash_seed_gets_a_python_of_its_own() -> None:
