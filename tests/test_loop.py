@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import threading
+import time
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -22,7 +24,7 @@ from itermerge.decoding import complete
 from itermerge.policy import Policy, copy_in
 from itermerge.sft import Fitted, SftError
 from itermerge.stages import EmptyRound
-from itermerge.store import Store, StoreError
+from itermerge.store import Store, StoreError, lock_file
 from itermerge.tasks import TaskError
 from itermerge.tracking import TrackingError, WandbTracker
 from itermerge.weights import PolicyError, read_weights
@@ -99,6 +101,40 @@ def test_jobs_share_what_agrees(cold: Path, tmp_path: Path) -> None:
     whole = deterministic_set(cold)
     for name, content in deterministic_set(tmp_path / "c").items():
         assert whole[name].startswith(content) if name == "rounds.jsonl" else whole[name] == content, name
+
+
+def test_a_run_makes_what_it_needs_later_while_another_evaluates_the_base(cold: Path, tmp_path: Path) -> None:
+    """The same run, the same stages, in another order: what comes of the base alone stands before its evaluation."""
+    theirs, ours = cold.parent / "store", tmp_path / "store"
+    manifests = [json.loads(f.read_text()) for f in theirs.rglob("manifest.json")]
+    keys = {(m["inputs"]["stage"], m["key"]) for m in manifests}
+    base = next(m["inputs"]["model"] for m in manifests if m["inputs"]["stage"] == "importance")
+    held = next(
+        m["key"] for m in manifests if m["inputs"]["stage"] == "evaluate" and m["inputs"]["model"] == base
+    )  # fmt: skip
+    lock = ours / "evaluate" / held[:2] / f"{held}.lock"
+    lock.parent.mkdir(parents=True)
+    early = ["sample", "verify", "held_out", "probe", "importance"]
+    taken, seen = threading.Event(), list[str]()
+
+    def evaluates() -> None:
+        with lock_file(lock):
+            taken.set()
+            last = time.monotonic() + 60
+            while not (done := list(ours.glob("importance/*/*/manifest.json"))) and time.monotonic() < last:
+                time.sleep(0.02)
+            seen.extend(sorted(f.parents[2].name for f in ours.rglob("manifest.json")) if done else [])
+
+    other = threading.Thread(target=evaluates)
+    other.start()
+    taken.wait()
+    summary = run_here(tmp_path / "run", f"store.dir={ours}")
+    other.join()
+    assert seen == sorted(early)
+    assert summary["stages"]["computed"] == STAGES
+    assert summary["stages"]["reused"] == {}
+    assert {(f.parents[2].name, f.parent.name) for f in ours.rglob("manifest.json")} == keys
+    assert deterministic_set(tmp_path / "run") == deterministic_set(cold)
 
 
 def test_ratio_1_is_vanilla_byte_for_byte(tmp_path: Path) -> None:

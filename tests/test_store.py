@@ -12,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -443,6 +444,105 @@ def test_seconds_of_a_stage_leave_out_those_that_it_had_computed_inside(tmp_path
     assert took["inner"] >= 0.3
     assert took["outer"] < 0.2
     assert at.tally.seconds_store < 0.2
+
+
+@contextmanager
+def _elsewhere(folder: Path, until: Callable[[], bool]) -> Iterator[None]:
+    """While it lasts, somebody else holds the lock of an artifact's folder, until something is so (or 20 s)."""
+    taken = threading.Event()
+
+    def hold() -> None:
+        with store.lock_file(folder.with_name(f"{folder.name}.lock")):
+            taken.set()
+            last = time.monotonic() + 20
+            while not until() and time.monotonic() < last:
+                time.sleep(0.01)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    yield
+    holder.join()
+
+
+def _folder_of(name: str, tmp_path: Path) -> Path:
+    """Where an artifact will be."""
+    return (
+        tmp_path
+        / "store"
+        / _stage(Store(tmp_path / name, ENVIRONMENT), Compute(), name).folder.relative_to(tmp_path / name)
+    )
+
+
+def test_what_is_needed_later_is_made_while_another_computes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    at, first, later = Store(tmp_path / "store", ENVIRONMENT), _folder_of("first", tmp_path), Compute()
+
+    def slow(folder: Path) -> Mapping[str, Any]:
+        time.sleep(0.3)
+        return later(folder)
+
+    def prepare() -> None:
+        time.sleep(0.3)  # prompts to read, say
+        _stage(at, slow, "later")
+        _stage(at, slow, "later")
+
+    at.ahead = [prepare, lambda: _stage(at, later, "last")]
+    with caplog.at_level(logging.INFO), _elsewhere(first, lambda: later.runs == 2):
+        _stage(at, Compute(), "first")
+    assert later.runs == 2
+    assert [s["stage"] for s in at.tally.seconds] == ["later", "last", "first"]
+    assert "stage first is being computed by another run; meanwhile later is made" in caplog.text
+    assert at.tally.seconds_store < 0.2  # neither the other's seconds nor those of what was made meanwhile
+    assert at.tally.seconds[-1].get("waited", 0) < 0.25
+    assert at.tally.computed == {"later": 1, "last": 1, "first": 1}
+    for counted in ({}, {"later": 1}):  # it counted when it was made
+        _stage(at, slow, "later")
+        assert (later.runs, at.tally.reused) == (2, counted)
+    assert at.ahead == []
+
+
+def test_what_the_run_had_already_counts_once_when_it_works_ahead(tmp_path: Path) -> None:
+    at, first, compute = Store(tmp_path / "store", ENVIRONMENT), _folder_of("first", tmp_path), Compute()
+    _stage(at, compute, "early")
+    tried: list[Artifact] = []
+    at.ahead = [lambda: tried.append(_stage(at, compute, "early"))]
+    with _elsewhere(first, lambda: len(tried) == 1):
+        _stage(at, Compute(), "first")
+    assert (len(tried), compute.runs) == (1, 1)
+    assert (at.tally.computed, at.tally.reused) == ({"early": 1, "first": 1}, {})
+
+
+def test_what_fails_ahead_fails_in_its_place(tmp_path: Path) -> None:
+    at, first = Store(tmp_path / "store", ENVIRONMENT), _folder_of("first", tmp_path)
+    tried: list[Path] = []
+
+    def fail(folder: Path) -> Mapping[str, Any]:
+        tried.append(folder)
+        raise ValueError("no such answer")
+
+    at.ahead = [lambda: _stage(at, fail, "later")]
+    with _elsewhere(first, lambda: len(tried) == 1):
+        made = _stage(at, Compute(), "first")
+    assert (made.facts, len(tried), at.tally.computed) == ({"length": 5}, 1, {"first": 1})
+    with pytest.raises(ValueError, match="no such answer"):
+        _stage(at, fail, "later")
+    assert len(tried) == 2
+
+
+def test_nobody_works_ahead_who_holds_a_lock(tmp_path: Path) -> None:
+    """Two that did could wait for each other's locks."""
+    at, inner = Store(tmp_path / "store", ENVIRONMENT), _folder_of("inner", tmp_path)
+    tried: list[int] = []
+    at.ahead = [lambda: tried.append(1)]
+    began = time.monotonic()
+
+    def outer(folder: Path) -> Mapping[str, Any]:
+        with _elsewhere(inner, lambda: time.monotonic() > began + 0.3):
+            return _stage(at, Compute(), "inner").facts
+
+    assert _stage(at, outer, "outer").facts == {"length": 5}
+    assert (tried, len(at.ahead)) == ([], 1)
 
 
 def _mounts(tmp_path: Path, *lines: str) -> Path:

@@ -58,9 +58,10 @@ def run(
         look_at_lengths(cfg, bench)
         history, examples, tuned, made = [bench.base], [], bench.base, []
         past: list[tuple[Model, Model]] = []  # (tuned, start) of each round that was fitted
+        until = cfg.rounds if until is None else until
+        store.ahead = record.ahead(bench, bench.base, 0, until)
         record.write(bench, 0, scores=bench.evaluate(bench.base, 0), merged=Merged(bench.base))
         look_at_base(record.rounds[0])
-        until = cfg.rounds if until is None else until
         last = until if not cfg.export.rounds else None  # the end, where weights may go
 
         for t in range(1, until + 1):
@@ -74,6 +75,7 @@ def run(
                     merged = bench.merge(past[-1][0], Round(t, past[-1][1], anchor, past[:-1]))
                     made.append((t, merged.model))
                 history.append(merged.model)
+                store.ahead = record.ahead(bench, history[-1], t, until)
                 record.write(
                     bench,
                     t,
@@ -84,6 +86,7 @@ def run(
                 drop_weights(bench, made, history, tuned, past, record.update, done=t == last)
                 continue
             record.measure_importance(bench, samples)
+            store.ahead = []
             examples = unique([*examples, *solutions]) if cfg.sft.data == "accumulate" else solutions
             start = {"merged": history[-1], "base": bench.base, "tuned": tuned}[cfg.sft.start]
             now = Round(t, start, anchor, list(past), record.layer_importance(), record.update)
@@ -93,6 +96,7 @@ def run(
             past.append((tuned, start))
             made += [(t, model) for model in (tuned, merged.model, record.update) if model]
             history.append(merged.model)
+            store.ahead = record.ahead(bench, history[-1], t, until)
             record.write(
                 bench, t, samples=samples, fitted=fitted, tuned=tuned, merged=merged, now=now,
                 pre_scores=bench.evaluate(tuned, t) if cfg.suite.pre_merge else None,
@@ -232,13 +236,36 @@ class RunRecord:
             log.warning("%s failed, the run goes on without it: %s", what, error, exc_info=True)
             return None
 
-    def measure_importance(self, bench: Bench, samples: Artifact) -> None:
-        """Importance of the base's layers, once a chain: on its own solutions of the first round that has some."""
+    def ahead(self, bench: Bench, model: Model, number: int, until: int) -> list[Callable[[], object]]:
+        """For `Store.ahead`: what depends on the model of a round alone, but for its evaluation, which comes first."""
+
+        def look() -> None:
+            bench.probe(model, number, self._held_out(bench, model, number))
+
+        def practise() -> Artifact:
+            return bench.solve(model, number + 1)
+
+        def measure() -> None:
+            for name, solutions in self._measured_on(bench, practise()).items():
+                if name not in self.importance and (of := solutions()):
+                    bench.importance(of, name)
+
+        return [practise, look, measure] if number < until else [look]
+
+    def _held_out(self, bench: Bench, model: Model, number: int) -> Artifact | None:
+        return bench.held_out_samples(model, number) if self.cfg.suite.pass_k_n else None
+
+    def _measured_on(self, bench: Bench, samples: Artifact) -> dict[str, Callable[[], list[dict[str, Any]]]]:
+        """What gives the solutions that importance is measured on, by the measure's name."""
         spec = self.cfg.analysis
         wanted = {"importance": lambda: solved(bench.by_base(samples))} if spec.importance else {}
         if spec.importance and spec.ood:
             wanted["importance_ood"] = lambda: list(stages.read_lines(bench.solutions_ood().folder / "examples.jsonl"))
-        for name, solutions in wanted.items():
+        return wanted
+
+    def measure_importance(self, bench: Bench, samples: Artifact) -> None:
+        """Importance of the base's layers, once a chain: on its own solutions of the first round that has some."""
+        for name, solutions in self._measured_on(bench, samples).items():
             if name in self.importance:
                 continue
             made = self.attempt(name, lambda name=name, of=solutions: bench.importance(of(), name))
@@ -253,7 +280,7 @@ class RunRecord:
     ) -> None:  # fmt: skip
         """Puts a round's artifacts and figures in place and tells the tracker."""
         metrics = bench.figures(scores)
-        held_out = bench.held_out_samples(merged.model, number) if self.cfg.suite.pass_k_n else None
+        held_out = self._held_out(bench, merged.model, number)
         probed = self.attempt(f"round {number}: diversity", partial(bench.probe, merged.model, number, held_out))
         if probed:
             metrics |= stages.probe_metrics(probed, bench.unseen(scores))

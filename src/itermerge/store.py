@@ -4,8 +4,9 @@ An artifact is a folder of read-only files with `manifest.json` written last: it
 whole. Every use checks the files against the manifest's digests; a damaged artifact is said, removed and recomputed.
 
 Several runs may share a store. Who computes a stage holds the lock of its key, which the system frees when the holder
-dies; the others wait and then find the artifact, which appears whole, by one rename. Weights may be dropped
-(`store.keep`): the facts stay, and whoever needs the weights has them computed again, to the same digest.
+dies; the others make meanwhile what they will need later (`Store.ahead`), wait, and then find the artifact, which
+appears whole, by one rename. Weights may be dropped (`store.keep`): the facts stay, and whoever needs the weights has
+them computed again, to the same digest.
 """
 
 from __future__ import annotations
@@ -74,11 +75,16 @@ class Tally:
 class Store:
     """Artifacts under `root`, one folder a key. Within `with store:` the artifacts that it uses are safe from `prune`.
 
-    `keep` is what becomes of weights: `all` marks them, so that no other run drops them from the store.
+    `keep` is what becomes of weights: `all` marks them, so that no other run drops them from the store. `ahead` are
+    calls of stages that the run will come to and could make at once: runs that share rounds divide these among them.
     """
 
     def __init__(self, root: Path, environment: Mapping[str, Any], keep: str = "all") -> None:
         self.root, self.environment, self.keep, self.tally = Path(root), dict(environment), keep, Tally()
+        self.ahead: list[Callable[[], object]] = []
+        self._waits_for, self._is_making = "", False  # the stage that another run makes while this one works ahead
+        self._met: set[str] = set()  # keys that the run came to
+        self._met_ahead: set[str] = set()  # those that counted then, and do not when it comes to them again
         self._written: dict[Path, str] = {}
         self.run, self._inside = "", 0.0  # seconds in stages so far, those of a stage inside another with the outer
         try:
@@ -126,7 +132,7 @@ class Store:
         counts, got = self.tally.reused, self._find(folder, key, whole)
         if got is None or not self._mark_used(got):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with self._lock(folder, name) as waited:
+            with self._lock(folder, name, ahead=not self._is_making) as waited:
                 got = self._find(folder, key, whole)  # another may have made it meanwhile
                 if got is None:
                     got, seconds = self._make(name, key, folder, compute, what)
@@ -134,17 +140,27 @@ class Store:
                 self._mark_used(got)
         if counts is self.tally.reused:
             journal.info("found %s %s", name, key[:16])
-            with suppress(OSError, ValueError, KeyError):  # a lost duration is no damage
-                self.tally.seconds_saved += json.loads((folder / "timing.json").read_text())["seconds"]
-        counts[name] = counts.get(name, 0) + 1
-        self.tally.seconds.append(
-            {"stage": name, "seconds": round(seconds, 4), "reused": counts is self.tally.reused}
-            | ({"waited": round(waited, 4)} if waited > 0.05 else {})
-        )
+        if key not in (self._met if self._waits_for else self._met_ahead):
+            self._count(name, counts, folder, seconds, waited)
+            if self._waits_for:
+                self._met_ahead.add(key)
+        elif not self._waits_for:
+            self._met_ahead.discard(key)
+        self._met.add(key)
         took = time.perf_counter() - started
         self.tally.seconds_store += took - seconds - waited - (self._inside - before)
         self._inside = before + took
         return got
+
+    def _count(self, name: str, counts: dict[str, int], folder: Path, seconds: float, waited: float) -> None:
+        counts[name] = counts.get(name, 0) + 1
+        if counts is self.tally.reused:
+            with suppress(OSError, ValueError, KeyError):  # a lost duration is no damage
+                self.tally.seconds_saved += json.loads((folder / "timing.json").read_text())["seconds"]
+        self.tally.seconds.append(
+            {"stage": name, "seconds": round(seconds, 4), "reused": counts is self.tally.reused}
+            | ({"waited": round(waited, 4)} if waited > 0.05 else {})
+        )
 
     def written(self, file: Path, sha256: str) -> None:
         """Tells the digest of a file that a stage's function has put into its folder, so that it is not read again."""
@@ -176,14 +192,21 @@ class Store:
                 mark.unlink(missing_ok=True)
 
     @contextmanager
-    def _lock(self, folder: Path, name: str) -> Iterator[float]:
-        """The key's lock; seconds that it took to get it."""
-        lock, started = lock_file(folder.with_name(f"{folder.name}.lock")), time.perf_counter()
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("stage %s is being computed by another run; waiting for it", name)
-            lock.acquire(poll_interval=0.05)
+    def _lock(self, folder: Path, name: str, ahead: bool = False) -> Iterator[float]:
+        """The key's lock; seconds that the run did nothing but wait for it. While another has it, the run works
+        `ahead` where it may: where it holds no lock itself."""
+        lock = lock_file(folder.with_name(f"{folder.name}.lock"))
+        while True:
+            started = time.perf_counter()
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                if ahead and self.ahead:
+                    self._work_ahead(name, self.ahead.pop(0))
+                    continue
+                log.info("stage %s is being computed by another run; waiting for it", name)
+                lock.acquire(poll_interval=0.05)
+            break
         waited = time.perf_counter() - started
         try:
             for left in folder.parent.glob(f"{folder.name}.tmp-{socket.gethostname()}-*"):  # of a run that was killed
@@ -192,17 +215,35 @@ class Store:
         finally:
             lock.release()  # its file stays, as filelock would have it; `prune` removes it with its artifact
 
+    def _work_ahead(self, name: str, call: Callable[[], object]) -> None:
+        """Makes stages that the run will come to. What fails will fail there again, and is said there."""
+        started, before, outer = time.perf_counter(), self._inside, self._waits_for
+        self._waits_for = name
+        try:
+            call()
+        except Exception as error:
+            journal.info("ahead: %s: %s", type(error).__name__, error)
+        finally:
+            self._waits_for = outer
+            self._inside = before + time.perf_counter() - started
+
     def _make(
         self, name: str, key: str, folder: Path, compute: Callable[[Path], Mapping[str, Any]], what: dict[str, Any]
     ) -> tuple[Artifact, float]:
         """Computes the artifact and puts it in the place of one that is damaged, or has dropped weights."""
         journal.info("started %s %s", name, key[:16])
+        if self._waits_for and not self._is_making:
+            log.info("stage %s is being computed by another run; meanwhile %s is made", self._waits_for, name)
         former = self._former(folder)
         work = folder.with_name(f"{key}.tmp-{socket.gethostname()}-{os.getpid()}")
         try:
             work.mkdir(parents=True)
-            at, before = time.perf_counter(), self._inside
-            facts = dict(compute(work))
+            at, before, outer = time.perf_counter(), self._inside, self._is_making
+            self._is_making = True
+            try:
+                facts = dict(compute(work))
+            finally:
+                self._is_making = outer
             seconds = time.perf_counter() - at - (self._inside - before)  # without stages that it had to compute again
             made = self._seal(work, folder, key, facts, what, seconds, former)
         except Exception as error:
