@@ -370,7 +370,7 @@ def test_attention_that_gives_other_logits_is_not_used(tiny: Policy, monkeypatch
 
 
 def test_rows_from_the_end_fill_the_holes() -> None:
-    room = decoding._Room(4)
+    room = decoding._Room(4, 6, {})
     states = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 3, 2).contiguous()
     room.update(states, -states)
     room.pack(3, torch.tensor([1]), torch.tensor([4]))
@@ -379,6 +379,32 @@ def test_rows_from_the_end_fill_the_holes() -> None:
     assert room.keys.shape == (3, 1, 3, 2)
     room.update(states[:3, :, :1], states[:3, :, :1])
     assert room.keys[1, 0, :, 0].tolist() == [4, 4, 4, 1]
+
+
+def test_batches_lie_in_the_same_memory_one_after_the_other() -> None:
+    memory: dict[int, torch.Tensor] = {}
+    states = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 3, 4)
+
+    def room(rows: int, capacity: int = 5) -> decoding._Room:
+        made = decoding._Room(capacity, rows, memory)
+        made.update(states + rows, -states)
+        if rows > 2:
+            assert not {x.data_ptr() for x in memory.values()} & {x.data_ptr() for x in made.room}
+            made.batch_select_indices(torch.tensor([0] * (rows - 2) + [1, 1]))
+        return made
+
+    first = room(6)
+    assert first.keys[:, 0, 2, 3].tolist() == [6, 6, 6, 6, 7, 7]
+    assert first.values[:, 0, 2, 3].tolist() == [0, 0, 0, 0, -1, -1]
+    assert [x.shape for x in first.room] == [(6, 1, 5, 4)] * 2
+    at = [memory[i].data_ptr() for i in (0, 1)]
+    for rows, capacity in ((5, 5), (2, 4), (6, 5)):
+        second = room(rows, capacity)
+        assert [x.data_ptr() for x in second.room] == at
+        assert [x.shape for x in second.room] == [(rows, 1, capacity, 4)] * 2
+        assert second.keys[:, 0, 0, 0].tolist() == [rows] * (rows - 2) + [rows + 1] * 2 if rows > 2 else [2, 3]
+    assert room(6, 6).keys[:, 0, 0, 0].tolist() == [6, 6, 6, 6, 7, 7]
+    assert memory[0].numel() == 6 * 6 * 4
 
 
 def test_the_head_multiplies_the_last_positions_of_all_rows_at_once(tiny: Policy) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -184,31 +185,47 @@ class _Stopper:
 
 
 class _Room(DynamicLayer):
-    """A cache layer with room for a whole batch: a step writes its column, and copies nothing."""
+    """A cache layer with room for a whole batch: a step writes its column, and copies nothing. The room of `rows` rows
+    lies in `memory`, which the next batch uses again: a system gives out fresh memory slowly, a page at a time."""
 
     _layer_type = None  # not to be registered in place of DynamicLayer
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, rows: int, memory: dict[int, Tensor]) -> None:
         super().__init__()
-        self.capacity, self.length = capacity, 0
+        self.capacity, self.rows, self.memory, self.length = capacity, rows, memory, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            rows, heads = key_states.shape[:2]
-            self.room = [x.new_empty(rows, heads, self.capacity, x.shape[-1]) for x in (key_states, value_states)]
+            self.room = self._make(len(key_states), (key_states, value_states))
         end = self.length + key_states.shape[-2]
         for room, states in zip(self.room, (key_states, value_states), strict=True):
             room[:, :, self.length : end] = states
         self.length = end
         return self._show()
 
+    def _make(self, rows: int, like: Sequence[Tensor]) -> list[Tensor]:
+        """Room for keys and values; for fewer rows, before samples of one problem part, elsewhere."""
+        room: list[Tensor] = []
+        for i, x in enumerate(like):
+            shape = (rows, x.shape[1], self.capacity, x.shape[-1])
+            if rows != self.rows:
+                room.append(x.new_empty(shape))
+                continue
+            if (size := math.prod(shape)) > (self.memory[i].numel() if i in self.memory else 0):
+                self.memory.pop(i, None)  # first given back
+                self.memory[i] = x.new_empty(size)
+            room.append(self.memory[i][:size].view(shape))
+        return room
+
     def _show(self) -> tuple[Tensor, Tensor]:
         keys, values = self.keys, self.values = [room[:, :, : self.length] for room in self.room]
         return keys, values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self.room = [room[indices] for room in self.room]
+        few, self.room = self.room, self._make(len(indices), self.room)
+        for room, had in zip(self.room, few, strict=True):
+            room[:, :, : self.length] = had[indices, :, : self.length]
         self._show()
 
     def pack(self, rows: int, holes: Tensor, movers: Tensor) -> None:
@@ -245,6 +262,7 @@ class _Batches:
         self.extra = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.prefix: DynamicCache | None = None
         self.shared, self.split = 0, False
+        self.memory: dict[int, dict[int, Tensor]] = {}  # of the layers' caches
 
     @contextmanager
     def begun(self, ids: Sequence[list[int]]) -> Iterator[int]:
@@ -301,7 +319,7 @@ class _Batches:
         try:
             with self._split():
                 tokens, positions, mask = self._padded([t[self.shared : -1] for t in texts], 1)
-                cache, end = self._cache(len(texts), tokens.shape[1] + 1), self.shared + tokens.shape[1]
+                cache, end = self._cache(len(texts), tokens.shape[1] + 1, len(texts)), self.shared + tokens.shape[1]
                 self._forward(tokens, positions, mask, self.shared, end, cache)
                 made = self._forward(torch.tensor([t[-1:] for t in texts]), positions, mask, end, end + 1, cache)
         except attention.Unsupported:
@@ -323,13 +341,14 @@ class _Batches:
         """Tokens (rows, width), padded on the left; positions and mask (rows, shared + width + new), or no mask where
         nothing is padded."""
         rows, width, device = len(ids), max(map(len, ids)), self.policy.device
+        lengths = torch.tensor([len(row) for row in ids])
+        inside = torch.arange(width) >= width - lengths[:, None]
         tokens = torch.full((rows, width), self.policy.pad_id)
+        tokens[inside] = torch.tensor([token for row in ids for token in row])
         mask = torch.ones((rows, self.shared + width + new), dtype=torch.long)
-        for at, row in enumerate(ids):
-            tokens[at, width - len(row) :] = torch.tensor(row)
-            mask[at, self.shared : self.shared + width - len(row)] = 0
+        mask[:, self.shared : self.shared + width] = inside
         positions = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
-        return tokens.to(device), positions, mask.to(device) if len({len(i) for i in ids}) > 1 else None
+        return tokens.to(device), positions, mask.to(device) if not inside.all() else None
 
     def _forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, begin: int, end: int, cache: DynamicCache
@@ -353,7 +372,7 @@ class _Batches:
         places: dict[tuple[int, ...], int] = {}
         twins = [places.setdefault(row, len(places)) for row in ids]  # samples of one problem share its prompt
         firsts = [twins.index(i) for i in range(len(places))]
-        cache = self._cache(len(firsts), width + most)
+        cache = self._cache(len(firsts), width + most, len(rows))
         keys, spread = np.array([row.key for row in rows], dtype=np.uint64), [0.0] * len(rows)
         ended = [False] * len(rows)
         begin, end, now = self.shared, self.shared + width, firsts
@@ -403,13 +422,16 @@ class _Batches:
                 layer.batch_select_indices(chosen)
         return order
 
-    def _cache(self, rows: int, capacity: int) -> DynamicCache:
-        """Room for `capacity` tokens a row, behind what all begin with, which it holds where that is not split off."""
+    def _cache(self, rows: int, capacity: int, most: int) -> DynamicCache:
+        """Room for `capacity` tokens a row, behind what all begin with, which it holds where that is not split off;
+        for `most` rows once samples of one problem have parted."""
         cache = DynamicCache(config=self.model.config)
         prefix = None if self.split else self.prefix
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicLayer:
-                cache.layers[i] = room = _Room(capacity + (self.shared if prefix else 0))
+                cache.layers[i] = room = _Room(
+                    capacity + (self.shared if prefix else 0), most, self.memory.setdefault(i, {})
+                )
                 if prefix is not None:
                     had = prefix.layers[i]
                     assert isinstance(had, DynamicLayer)

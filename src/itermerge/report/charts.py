@@ -228,7 +228,7 @@ def curves(
             dotted = alt.Chart(_data(mine)).mark_rule(strokeDash=[2, 3], strokeWidth=1.4, color=GREY)
             dotted = dotted.encode(alt.Y("value:Q"), tooltip=[alt.Tooltip("what:N", title=" "), _exact(form)])
             layers.append(dotted.encode(by) if own else dotted)
-    return alt.layer(*layers).properties(title=_title(title), width=width, height=height)
+    return alt.layer(*layers, title=_title(title), width=width, height=height)
 
 
 def _exact(form: str) -> alt.Tooltip:
@@ -275,10 +275,10 @@ def heatmap(
     texts = base.mark_text(fontSize=10).encode(
         across, down, text=alt.Text("said:N"), color=alt.Color("ink:N", scale=None), tooltip=tips
     )
-    chart = alt.layer(boxes, texts) if wide else alt.layer(boxes)
-    return chart.resolve_scale(color="independent").properties(
-        title=_title(title), width=alt.Step(46 if wide else 16), height=alt.Step(22)
-    )
+    return alt.layer(
+        *((boxes, texts) if wide else (boxes,)), title=_title(title), width=alt.Step(46 if wide else 16),
+        height=alt.Step(22), resolve=alt.Resolve(scale={"color": "independent"}),
+    )  # fmt: skip
 
 
 def signed(value: float, form: str = "+.2f") -> str:
@@ -315,7 +315,7 @@ def importance(
     drawn.append(traces.mark_line(strokeWidth=2).encode(across, up, by))
     drawn.append(traces.mark_point(filled=True, size=52, opacity=1).encode(across, up, by, tooltip=tips("share")))
     width = max(300, 15 * len(layers))
-    return alt.layer(*drawn).properties(title=_title(title), width=width, height=210)
+    return alt.layer(*drawn, title=_title(title), width=width, height=210)
 
 
 def stacked(title: str, rows: Rows, colours: Mapping[str, str], *, width: int = 290, height: int = 190) -> Panel:
@@ -350,7 +350,8 @@ def steps(
         band.encode(across, alt.Y("low:Q", title=y, scale=alt.Scale(zero=False)), alt.Y2("high:Q"), by),
         base.mark_line(strokeWidth=2).encode(across, up, by),
         base.mark_point(filled=True, size=46, opacity=1).encode(across, up, by, tooltip=tips),
-    ).properties(title=title, width=width, height=210)
+        title=title, width=width, height=210,
+    )  # fmt: skip
 
 
 def _room(rows: Rows, value: str, low: str, high: str, others: Sequence[float] = (), *, most: float = 1) -> list[float]:
@@ -404,7 +405,7 @@ def pareto(
     if base:
         cross = alt.Chart(_data(base)).mark_point(shape="cross", size=110, color=GREY, filled=True, opacity=1)
         layers.append(cross.encode(across, up, tooltip=tips))
-    return alt.layer(*layers).properties(width=430, height=330)
+    return alt.layer(*layers, width=430, height=330)
 
 
 def frontier(
@@ -434,7 +435,7 @@ def frontier(
     )
     layers.append(base.mark_line(strokeWidth=1.6).encode(across, up, by, alt.Order("at:Q")))
     layers.append(base.mark_point(filled=True, size=55, opacity=1).encode(across, up, by, tooltip=tips))
-    return alt.layer(*layers).properties(width=330, height=240)
+    return alt.layer(*layers, width=330, height=240)
 
 
 Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -508,7 +509,7 @@ def named(
         halo.encode(across, up, text="name:N"),
         written.mark_text(fontSize=11).encode(across, up, by, text="name:N"),
     ]
-    return alt.layer(*layers).properties(width=width, height=height)
+    return alt.layer(*layers, width=width, height=height)
 
 
 def beside(
@@ -583,7 +584,7 @@ def dots(
         base.mark_rule(strokeWidth=1.6, clip=True).encode(alt.X("low:Q", title=x, scale=wide), down, by, x2="high")
     )
     layers.append(base.mark_point(filled=True, size=60, opacity=1).encode(across, down, by, tooltip=tips))
-    return alt.layer(*layers).properties(title=title, width=250, height=alt.Step(19))
+    return alt.layer(*layers, title=title, width=250, height=alt.Step(19))
 
 
 def bars(rows: Rows, colours: Mapping[str, str], *, x: str) -> Panel:
