@@ -103,34 +103,39 @@ def test_jobs_share_what_agrees(cold: Path, tmp_path: Path) -> None:
         assert whole[name].startswith(content) if name == "rounds.jsonl" else whole[name] == content, name
 
 
-def test_a_run_makes_what_it_needs_later_while_another_evaluates_the_base(cold: Path, tmp_path: Path) -> None:
-    """The same run, the same stages, in another order: what comes of the base alone stands before its evaluation."""
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_run_makes_what_it_needs_later_while_another_evaluates(number: int, cold: Path, tmp_path: Path) -> None:
+    """The same run, the same stages, in another order: what comes of a round's model alone stands before its
+    evaluation."""
     theirs, ours = cold.parent / "store", tmp_path / "store"
     manifests = [json.loads(f.read_text()) for f in theirs.rglob("manifest.json")]
     keys = {(m["inputs"]["stage"], m["key"]) for m in manifests}
-    base = next(m["inputs"]["model"] for m in manifests if m["inputs"]["stage"] == "importance")
-    held = next(
-        m["key"] for m in manifests if m["inputs"]["stage"] == "evaluate" and m["inputs"]["model"] == base
-    )  # fmt: skip
-    lock = ours / "evaluate" / held[:2] / f"{held}.lock"
-    lock.parent.mkdir(parents=True)
-    early = ["sample", "verify", "held_out", "probe", "importance"]
-    taken, seen = threading.Event(), list[str]()
+    merged = json.loads((cold / "summary.json").read_text())["base_digest"]
+    for _ in range(number):  # the chain of the rounds: fits start from the merged model
+        tuned = next(m for m in manifests if m["inputs"]["stage"] == "fit" and m["inputs"]["start"] == merged)
+        of = (m for m in manifests if m["inputs"]["stage"] == "merge")
+        merged = next(m["facts"]["digest"] for m in of if m["inputs"]["tuned"] == tuned["facts"]["digest"])
+    named = {(m["inputs"]["stage"], m["inputs"].get("model")): m["key"] for m in manifests}
+    early = {"held_out", "probe"} | ({"sample"} if number < 2 else set()) | ({"importance"} if number == 0 else set())
+    wanted = [ours / name / (key := named[name, merged])[:2] / key / "manifest.json" for name in early]
+    held = ours / "evaluate" / (key := named["evaluate", merged])[:2] / f"{key}.lock"
+    held.parent.mkdir(parents=True)
+    taken, in_time = threading.Event(), list[bool]()
 
     def evaluates() -> None:
-        with lock_file(lock):
+        with lock_file(held):
             taken.set()
             last = time.monotonic() + 60
-            while not (done := list(ours.glob("importance/*/*/manifest.json"))) and time.monotonic() < last:
+            while not all(f.is_file() for f in wanted) and time.monotonic() < last:
                 time.sleep(0.02)
-            seen.extend(sorted(f.parents[2].name for f in ours.rglob("manifest.json")) if done else [])
+            in_time.append(all(f.is_file() for f in wanted))
 
     other = threading.Thread(target=evaluates)
     other.start()
     taken.wait()
     summary = run_here(tmp_path / "run", f"store.dir={ours}")
     other.join()
-    assert seen == sorted(early)
+    assert in_time == [True]
     assert summary["stages"]["computed"] == STAGES
     assert summary["stages"]["reused"] == {}
     assert {(f.parents[2].name, f.parent.name) for f in ours.rglob("manifest.json")} == keys
