@@ -81,6 +81,10 @@ BENCHMARKS = (
         r"(?m)^linear +\S+ \(\S+\) +\S+ +\S+ +([\d.]+)",
     ),
     Benchmark(
+        "limits", "FLOPs and bytes a second as shares of what the device can do, SmolLM2-135M; the ratio is the fit's",
+        ("limits.py", "--json"), "at least", None, 2,
+    ),
+    Benchmark(
         "verifiers", "seconds of each verifier for hostile texts", ("verifiers.py", "2000"), "at most", None, 0.5,
     ),
 )  # fmt: skip

@@ -14,6 +14,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,21 +52,25 @@ def by_generate(policy: Policy, prompts: Sequence[str], stop: Sequence[str], new
     return out
 
 
-def workload(name: str) -> tuple[Policy, list[str], tuple[str, ...], int, list[int], int]:
-    """Policy, prompts, stop strings, token limit, batch sizes of `generate` to try, our batch size."""
+def workload(
+    name: str, folder: Path | None = None, device: str = "cpu"
+) -> tuple[Policy, list[str], tuple[str, ...], int, list[int], int]:
+    """Policy (of `folder` in place of the usual one), prompts, stop strings, token limit, batch sizes of `generate` to
+    try, our batch size."""
     if name == "lab":
         from itermerge.tasks.lab import LabTask
 
         task: Any = LabTask("chain")
-        folder, new, sizes, own, n, repeat = LAB_SEED0, 48, [64, 256, 512], 512, 300, 8
+        folder, new, sizes, own, n, repeat = folder or LAB_SEED0, 48, [64, 256, 512], 512, 300, 8
     else:
         from itermerge.tasks.gym import GymTask
 
         options = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
         task = GymTask("chain_sum", options=options, shots=4)
-        folder, new, sizes, own, n, repeat = default_folder(), 16, [16, 32, 64], 64, 48, 4
+        folder, new, sizes, own, n, repeat = folder or default_folder(), 16, [16, 32, 64], 64, 48, 4
     problems = task.problems("train", n, 0, "benchmark")
-    return Policy(folder), [p.prompt for p in problems for _ in range(repeat)], task.stop, new, sizes, own
+    prompts = [p.prompt for p in problems for _ in range(repeat)]
+    return Policy(folder, device=device), prompts, task.stop, new, sizes, own
 
 
 def main() -> None:

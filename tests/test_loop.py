@@ -35,11 +35,13 @@ STAGES = {"evaluate": 5, "held_out": 3, "sample": 2, "verify": 2, "fit": 2, "mer
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with its store beside it."""
+    """A finished run with its store beside it, which other tests fill further, and the manifests of its own stages."""
     folder = tmp_path_factory.mktemp("runs") / "cold"
     summary = run_here(folder, f"store.dir={folder.parent / 'store'}")
     assert summary["stages"]["computed"] == STAGES
     assert summary["stages"]["reused"] == {}
+    manifests = [json.loads(file.read_text()) for file in (folder.parent / "store").rglob("manifest.json")]
+    (folder.parent / "manifests.json").write_text(json.dumps(manifests))
     return folder
 
 
@@ -107,8 +109,7 @@ def test_jobs_share_what_agrees(cold: Path, tmp_path: Path) -> None:
 def test_a_run_makes_what_it_needs_later_while_another_evaluates(number: int, cold: Path, tmp_path: Path) -> None:
     """The same run, the same stages, in another order: what comes of a round's model alone stands before its
     evaluation."""
-    theirs, ours = cold.parent / "store", tmp_path / "store"
-    manifests = [json.loads(f.read_text()) for f in theirs.rglob("manifest.json")]
+    ours, manifests = tmp_path / "store", json.loads((cold.parent / "manifests.json").read_text())
     keys = {(m["inputs"]["stage"], m["key"]) for m in manifests}
     merged = json.loads((cold / "summary.json").read_text())["base_digest"]
     for _ in range(number):  # the chain of the rounds: fits start from the merged model
