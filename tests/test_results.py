@@ -108,6 +108,7 @@ def test_tables_of_layers_are_those_of_the_units_and_stand_in_the_readme(
         ("sampling-smollm2", "--model smollm2"),
         ("sft", "benchmarks/sft.py"),
         ("round", "benchmarks/round.py"),
+        ("limits", "benchmarks/limits.py"),
     ],
 )
 def test_the_readme_has_the_ratio_that_a_benchmark_wrote(benchmark: str, script: str) -> None:
