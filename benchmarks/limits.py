@@ -138,7 +138,8 @@ def main() -> None:
     tokens = {"fit": sum(map(len, examples))}
     with tempfile.TemporaryDirectory() as scratch:
         works = {"fit": fitting(policy, examples, args.device, Path(scratch)), "decoding": decode}
-        flops = {name: counted(work) for name, work in works.items()}  # which warms up, too
+        decode()  # warms up, and tries once how the model may attend, which is to count nowhere
+        flops = {name: counted(work) for name, work in works.items()}
         read = bytes_of_steps(copied, lambda: tokens.update(decoding=sum(c.tokens for c in decode())))
         seconds: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(args.trials):

@@ -402,7 +402,8 @@ def test_batches_lie_in_the_same_memory_one_after_the_other() -> None:
         second = room(rows, capacity)
         assert [x.data_ptr() for x in second.room] == at
         assert [x.shape for x in second.room] == [(rows, 1, capacity, 4)] * 2
-        assert second.keys[:, 0, 0, 0].tolist() == [rows] * (rows - 2) + [rows + 1] * 2 if rows > 2 else [2, 3]
+        expected = [rows] * (rows - 2) + [rows + 1] * 2 if rows > 2 else [2, 3]
+        assert second.keys[:, 0, 0, 0].tolist() == expected
     assert room(6, 6).keys[:, 0, 0, 0].tolist() == [6, 6, 6, 6, 7, 7]
     assert memory[0].numel() == 6 * 6 * 4
 

@@ -468,11 +468,8 @@ def _elsewhere(folder: Path, until: Callable[[], bool]) -> Iterator[None]:
 
 def _folder_of(name: str, tmp_path: Path) -> Path:
     """Where an artifact will be."""
-    return (
-        tmp_path
-        / "store"
-        / _stage(Store(tmp_path / name, ENVIRONMENT), Compute(), name).folder.relative_to(tmp_path / name)
-    )
+    made = _stage(Store(tmp_path / name, ENVIRONMENT), Compute(), name)
+    return tmp_path / "store" / made.folder.relative_to(tmp_path / name)
 
 
 def test_what_is_needed_later_is_made_while_another_computes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
